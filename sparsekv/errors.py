@@ -1,0 +1,9 @@
+"""The one exception that a user is meant to see."""
+
+
+class UserError(Exception):
+    """Input that cannot work.
+
+    The message is one line: it names the flag or file, the value given, and what would be right. The command line
+    prints it and exits with status 2; nothing is left half-written.
+    """
