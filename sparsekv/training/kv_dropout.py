@@ -1,0 +1,373 @@
+"""Eviction inside a forward pass.
+
+`KVDropoutContext` is the seam: the one function, registered with `transformers.AttentionInterface`, that touches a
+model's attention. `SDPAKVDropout` does the same by patching `scaled_dot_product_attention`, for models that bypass the
+interface. Both read what to do from the module (`layer_idx`) and from the forward's own state, never from a counter of
+calls, so gradient checkpointing recomputes exactly what it computed.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention as unpatched_sdpa
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from sparsekv.attention import (
+    combine_masks,
+    dense_attention,
+    global_mask,
+    repeat_heads,
+    streaming_mask,
+    two_region_attention,
+    two_region_mask,
+)
+from sparsekv.training.anchor import AnchorSelector
+from sparsekv.training.plan import EvictionPlan
+from sparsekv.training.rules import LayerContext, make_rule
+
+IMPLEMENTATION = "sparsekv"
+
+
+@dataclass
+class ForwardEviction:
+    """One forward pass under a plan: decides each layer's `keep` once, and remembers it for the backward pass.
+
+    Parameters
+    ----------
+    plan : EvictionPlan
+    selector : AnchorSelector
+    input_ids : Long[B, L]
+    real : Bool[B, L], optional
+        False at padding.
+    """
+
+    plan: EvictionPlan
+    selector: AnchorSelector
+    input_ids: Tensor
+    real: Tensor | None
+    keeps: dict[int, list[Tensor]] = field(default_factory=dict)
+    counts: dict[int, list[int | None]] = field(default_factory=dict)
+    recomputed: bool = False
+
+    def __post_init__(self) -> None:
+        length = self.input_ids.shape[1]
+        if self.plan.cuts and self.plan.cuts[-1] >= length:
+            raise ValueError(f"cut {self.plan.cuts[-1]} leaves no suffix in {length} tokens")
+        random_rules = {"random", "anchor_random"} & set(self.plan.rules)
+        seeds = row_seeds(self.input_ids, self.real, self.plan.seed) if random_rules else [0] * len(self.input_ids)
+        self._row_seeds = seeds
+        self._layer_inputs: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+
+    def stash(self, module: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> None:
+        """Remember a layer's input until its attention has scored it."""
+        if module.layer_idx not in self.keeps and not slides(module, hidden_states.shape[1]):
+            self._layer_inputs[module.layer_idx] = (hidden_states, position_embeddings)
+
+    def decide(self, module: nn.Module, key: Tensor, value: Tensor) -> list[Tensor]:
+        """The layer's `keep` at each cut: Bool[B, G, cut], from [B, G, L, D] keys and values."""
+        layer = module.layer_idx
+        if layer in self.keeps:
+            self.recomputed = True
+            return self.keeps[layer]
+        cuts = self.plan.cuts or (key.shape[2],)
+        hidden_states, position_embeddings = self._layer_inputs.pop(layer)
+        decided = []
+        with scoring(module):
+            for name, ratio, cut in zip(self.plan.rules, self.plan.keep_ratios, cuts, strict=True):
+                context = LayerContext(
+                    module=module,
+                    hidden_states=hidden_states[:, :cut],
+                    keys=key[:, :, :cut],
+                    values=value[:, :, :cut],
+                    position_embeddings=tuple(x[:, :cut] for x in position_embeddings),
+                    input_ids=self.input_ids[:, :cut].to(key.device),
+                    real=None if self.real is None else self.real[:, :cut].to(key.device),
+                    row_seeds=self._row_seeds,
+                )
+                decided.append(make_rule(name, ratio, self.selector, self.plan.geometry).keep(context))
+        self.keeps[layer], self.counts[layer] = [keep for keep, _ in decided], [count for _, count in decided]
+        return self.keeps[layer]
+
+    def mask(self, module: nn.Module, key: Tensor, value: Tensor) -> Tensor:
+        """Bool[B, G, L, L]: the layer's allowed pairs, by the dense reference."""
+        keeps = self.decide(module, key, value)
+        if self.plan.geometry == "two_region":
+            return two_region_mask(keeps, self.plan.cuts, key.shape[2])
+        if self.plan.geometry == "streaming":
+            config = self.selector.config
+            return streaming_mask(keeps[0], config.recent_size if config.use_recent else 1)
+        return global_mask(keeps[0])
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None,
+        dropout: float,
+    ) -> Tensor:
+        """Attention of one layer under the plan: [B, H, L, D], by the fast path where it applies."""
+        keeps = self.decide(module, key, value)
+        counts = [count for count in self.counts[module.layer_idx] if count is not None]
+        if self.plan.geometry == "two_region" and self.real is None and len(counts) == len(keeps):
+            return two_region_attention(query, key, value, keeps, self.plan.cuts, counts, scaling, dropout)
+        mask = combine_masks(self.mask(module, key, value), attention_mask)
+        return dense_attention(query, key, value, mask, scaling, dropout)
+
+    def keep_ratio(self) -> float:
+        """Share of the real context entries kept, over layers, heads, rows and cuts."""
+        kept = total = 0.0
+        for layer, keeps in self.keeps.items():
+            for keep, count in zip(keeps, self.counts[layer], strict=True):
+                rows, heads, cut = keep.shape
+                kept += float(keep.sum()) if count is None else rows * heads * count
+                total += heads * (rows * cut if self.real is None else float(self.real[:, :cut].sum()))
+        return kept / total if total else 1.0
+
+
+def row_seeds(input_ids: Tensor, real: Tensor | None, seed: int) -> list[int]:
+    """One int a row from its tokens and the plan's seed: a row's draws do not depend on the batch it is in."""
+    tokens = input_ids if real is None else input_ids.masked_fill(~real, 0)
+    weights = torch.arange(1, tokens.shape[1] + 1, device=tokens.device) * 2_654_435_761
+    sums = (tokens * weights % 2_147_483_647).sum(-1)
+    return [(int(total) * 1_000_003 + seed) % 2**48 for total in sums]
+
+
+class KVDropoutContext:
+    """Run a model with its KV cache evicted inside the forward pass, through `transformers.AttentionInterface`.
+
+    Open it around the forward and the backward pass: gradient checkpointing recomputes layers during backward, and
+    leaving earlier warns. Contexts nest; the inner one decides. Everything is restored on exit, also after an
+    exception.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+    plan : EvictionPlan, optional
+        None runs with full attention.
+    selector : AnchorSelector
+
+    Attributes
+    ----------
+    last : ForwardEviction or None
+        The most recent forward's decisions (`keeps`, `keep_ratio()`).
+
+    Examples
+    --------
+    >>> with KVDropoutContext(model, plan, selector):
+    ...     model(input_ids=ids, labels=ids).loss.backward()
+    """
+
+    def __init__(self, model: nn.Module, plan: EvictionPlan | None, selector: AnchorSelector) -> None:
+        self.base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.plan = plan
+        self.selector = selector
+        self.last: ForwardEviction | None = None
+        self._stack = contextlib.ExitStack()
+        self._awaits_recomputation = False
+
+    def __enter__(self) -> "KVDropoutContext":
+        with contextlib.ExitStack() as stack:  # undone at once if entering fails half-way
+            self._enter(stack, self.base.get_decoder())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, exception_type: type | None, *_: object) -> None:
+        self._stack.close()
+        awaited = self._awaits_recomputation and self.last is not None and not self.last.recomputed
+        if awaited and exception_type is None:
+            warnings.warn(
+                "the eviction context closed before backward: gradient checkpointing will now recompute its layers "
+                "with full attention, and the gradients will be wrong. Run backward inside the context.",
+                stacklevel=2,
+            )
+
+    def _enter(self, stack: contextlib.ExitStack, decoder: nn.Module) -> None:
+        register()
+        stack.callback(self.base.set_attn_implementation, self.base.config._attn_implementation)
+        self.base.set_attn_implementation(IMPLEMENTATION)
+        handle = decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
+        stack.callback(handle.remove)
+        for module in attention_modules(decoder):
+            stack.enter_context(_rotary_visible(module, decoder))
+            handle = module.register_forward_pre_hook(_stash_from_kwargs, with_kwargs=True)
+            stack.callback(handle.remove)
+
+    @contextlib.contextmanager
+    def full_attention(self) -> Iterator[None]:
+        """Inside, forward passes see the whole cache: the teacher's."""
+        plan, self.plan = self.plan, None
+        try:
+            yield
+        finally:
+            self.plan = plan
+
+    def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Before the decoder runs: give this forward its own state, passed on to every layer as a keyword."""
+        kwargs.pop("eviction", None)
+        if self.plan is None:
+            return args, kwargs
+        self.last = begin_forward(self.plan, self.selector, args, kwargs)
+        checkpointing = self.base.is_gradient_checkpointing and self.base.training
+        self._awaits_recomputation = checkpointing and torch.is_grad_enabled()
+        return args, {**kwargs, "eviction": self.last, "use_cache": False}
+
+
+class SDPAKVDropout(KVDropoutContext):
+    """The same for models that call `scaled_dot_product_attention` themselves, by patching that function.
+
+    Such models do not hand the forward's state to their layers, so a recomputed layer reads the latest evicted forward:
+    run its backward before the next one begins.
+    """
+
+    def _enter(self, stack: contextlib.ExitStack, decoder: nn.Module) -> None:
+        self._layer: nn.Module | None = None
+        self._in_full_forward = False
+        for module in attention_modules(decoder):
+            stack.enter_context(_rotary_visible(module, decoder))
+            stack.callback(module.register_forward_pre_hook(self._before_layer, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(self._after_layer, always_call=True).remove)
+        stack.callback(decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        stack.callback(decoder.register_forward_hook(self._end, always_call=True).remove)
+        stack.callback(setattr, F, "scaled_dot_product_attention", F.scaled_dot_product_attention)
+        F.scaled_dot_product_attention = self._attend
+
+    def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        self._in_full_forward = self.plan is None
+        args, kwargs = super()._begin(decoder, args, kwargs)
+        kwargs.pop("eviction", None)
+        return args, kwargs
+
+    def _end(self, decoder: nn.Module, args: tuple, output: Any) -> None:
+        self._in_full_forward = False
+
+    def _before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._layer = module
+        if self.last is not None and not self._in_full_forward:
+            hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            self.last.stash(module, hidden_states, kwargs["position_embeddings"])
+
+    def _after_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._layer = None
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        layer, eviction = self._layer, self.last
+        if layer is None or eviction is None or self._in_full_forward or slides(layer, query.shape[2]):
+            return unpatched_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        self._layer = None  # a press may call attention itself while scoring
+        copies = key.shape[1] // layer.config.num_key_value_heads  # 1 unless the model has repeated its heads
+        mask = eviction.mask(layer, key[:, ::copies], value[:, ::copies])
+        mask = repeat_heads(combine_masks(mask, attn_mask), query.shape[1])
+        key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+        return unpatched_sdpa(query, key, value, mask, dropout_p, scale=scale)
+
+
+def register() -> None:
+    """Make the seam known to transformers under the name `sparsekv` (once; harmless when repeated)."""
+    AttentionInterface.register(IMPLEMENTATION, evicted_attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def evicted_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    eviction: ForwardEviction | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls: [B, H, L, D] queries → [B, L, H, D], and no weights."""
+    if eviction is None or slides(module, query.shape[2]):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(f"eviction in training needs whole sequences: {query.shape[2]} queries, {key.shape[2]} keys")
+    if kwargs.get("softcap") is not None:
+        raise ValueError("attention logits with a soft cap are not supported")
+    out = eviction.attend(module, query, key, value, attention_mask, scaling, dropout)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def begin_forward(plan: EvictionPlan, selector: AnchorSelector, args: tuple, kwargs: dict[str, Any]) -> ForwardEviction:
+    """The state of one forward pass from the arguments of the decoder."""
+    input_ids = kwargs.get("input_ids", args[0] if args else None)
+    if input_ids is None:
+        raise ValueError("eviction needs input_ids: anchors are known from the tokens")
+    attention_mask = kwargs.get("attention_mask")
+    real = None
+    if attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask.all()):
+        real = attention_mask.bool()
+    return ForwardEviction(plan, selector, input_ids, real)
+
+
+def attention_modules(decoder: nn.Module) -> list[nn.Module]:
+    """The decoder's attention layers: modules that know their `layer_idx` and are called Attention."""
+    found = [m for m in decoder.modules() if hasattr(m, "layer_idx") and "Attention" in type(m).__name__]
+    if not found:
+        raise ValueError(f"{type(decoder).__name__} has no attention layers with a layer_idx")
+    return found
+
+
+def slides(module: nn.Module, length: int) -> bool:
+    """Whether the layer sees only a sliding window of `length` tokens: such a layer holds no long cache to evict."""
+    layer_types = getattr(module.config, "layer_types", None)
+    if layer_types:
+        return layer_types[module.layer_idx] != "full_attention"
+    window = getattr(module.config, "sliding_window", None)
+    return window is not None and window < length
+
+
+@contextlib.contextmanager
+def scoring(module: nn.Module) -> Iterator[None]:
+    """A press scores as it will at inference, without gradient or dropout, and leaves the random state untouched."""
+    was_training, device = module.training, next(module.parameters()).device
+    module.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        module.train(was_training)
+
+
+@contextlib.contextmanager
+def _rotary_visible(module: nn.Module, decoder: nn.Module) -> Iterator[None]:
+    """Presses read `module.rotary_emb`; set it beside the registered submodules, so that no state dict changes."""
+    if hasattr(module, "rotary_emb") or not hasattr(decoder, "rotary_emb"):
+        yield
+        return
+    object.__setattr__(module, "rotary_emb", decoder.rotary_emb)
+    try:
+        yield
+    finally:
+        object.__delattr__(module, "rotary_emb")
+
+
+def _stash_from_kwargs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    eviction = kwargs.get("eviction")
+    if eviction is not None:
+        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        eviction.stash(module, hidden_states, kwargs["position_embeddings"])

@@ -1,0 +1,197 @@
+"""Which entries of a context survive a cut: one rule, one `keep`.
+
+A rule is a press (kvpress's own `score`, so that the rule trained is the rule tested) or the anchors plus a random
+sample. Names: `anchor`, `random`, `anchor_random`, and every key of `sparsekv.presses.PRESSES`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from kvpress import PyramidKVPress, ScorerPress, TOVAPress
+from kvpress.utils import compute_n_kept
+from torch import Tensor, nn
+
+from sparsekv.errors import UserError
+from sparsekv.presses import PRESSES, AnchorPress, make_press
+from sparsekv.training.anchor import AnchorSelector, build_kv_mask_from_anchors
+
+OWN_RULES = ("anchor", "anchor_random", "random")
+STATIC_RULES = ("anchor", "anchor_random")  # known from token and position alone: the streaming geometry needs that
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What a rule may read of one layer at a cut of C tokens.
+
+    module : the attention module, with `layer_idx`, `head_dim`, `rotary_emb`.
+    hidden_states : [B, C, hidden], the layer's normed input.
+    keys, values : [B, G, C, D], keys after the rotary embedding.
+    position_embeddings : (cos, sin), each [1 or B, C, D].
+    input_ids : Long[B, C].
+    real : Bool[B, C], False at padding; None when there is none.
+    row_seeds : one int a row, for random draws that do not depend on the batch a row is in.
+    """
+
+    module: nn.Module
+    hidden_states: Tensor
+    keys: Tensor
+    values: Tensor
+    position_embeddings: tuple[Tensor, Tensor]
+    input_ids: Tensor
+    real: Tensor | None
+    row_seeds: Sequence[int]
+
+    def row(self, index: int, start: int, stop: int) -> "LayerContext":
+        """The real tokens [start, stop) of one row, as a batch of one without padding."""
+        one = slice(index, index + 1)
+        cos, sin = (x.expand(len(self.input_ids), -1, -1)[one, start:stop] for x in self.position_embeddings)
+        return replace(
+            self,
+            hidden_states=self.hidden_states[one, start:stop],
+            keys=self.keys[one, :, start:stop],
+            values=self.values[one, :, start:stop],
+            position_embeddings=(cos, sin),
+            input_ids=self.input_ids[one, start:stop],
+            real=None,
+            row_seeds=self.row_seeds[one],
+        )
+
+
+class Rule(Protocol):
+    """Decides `keep` for one layer and cut."""
+
+    def keep(self, context: LayerContext) -> tuple[Tensor, int | None]:
+        """Bool[B, G, C], and how many entries each head of each row keeps (None when that differs)."""
+
+
+@dataclass
+class PressRule:
+    """The entries a `ScorerPress` keeps: the top of its own score, as its `compress` does."""
+
+    press: ScorerPress
+
+    def keep(self, context: LayerContext) -> tuple[Tensor, int | None]:
+        if context.real is not None:
+            return self._keep_padded(context), None
+        length = context.keys.shape[2]
+        count = self._budget(context.module, length)
+        if count >= length or length <= shortest_context(self.press):
+            return torch.ones_like(context.keys[..., 0], dtype=torch.bool), length
+        if isinstance(self.press, AnchorPress):
+            self.press.input_ids = context.input_ids
+        if isinstance(self.press, SeededRandomPress):
+            self.press.row_seeds = context.row_seeds
+        kwargs = {"position_embeddings": context.position_embeddings}
+        tensors = (context.hidden_states, context.keys, context.values)
+        scores = self.press.score(context.module, *tensors, attentions=None, kwargs=kwargs)
+        kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count, dim=-1).indices, True)
+        return kept, count
+
+    def _budget(self, module: nn.Module, length: int) -> int:
+        if isinstance(self.press, PyramidKVPress):
+            return self.press.get_layer_budget(module, length)
+        return compute_n_kept(length, self.press.compression_ratio)
+
+    def _keep_padded(self, context: LayerContext) -> Tensor:
+        """Row by row over its real tokens: exactly what the press keeps of the row without its padding."""
+        assert context.real is not None
+        kept = torch.zeros_like(context.keys[..., 0], dtype=torch.bool)
+        for row, real in enumerate(context.real):
+            positions = real.nonzero()
+            if len(positions):
+                start, stop = int(positions[0]), int(positions[-1]) + 1
+                kept[row, :, start:stop] = self.keep(context.row(row, start, stop))[0][0]
+        return kept
+
+
+@dataclass
+class AnchorRandomRule:
+    """Anchors plus a uniform sample of the rest up to the budget, drawn anew for every layer and head."""
+
+    selector: AnchorSelector
+    keep_ratio: float
+
+    def keep(self, context: LayerContext) -> tuple[Tensor, int | None]:
+        anchors = self.selector(context.input_ids, context.real).to(context.keys.device)
+        generators = row_generators(context.row_seeds, context.module.layer_idx, context.keys.device)
+        heads = context.keys.shape[1]
+        keep = build_kv_mask_from_anchors(anchors, self.keep_ratio, heads, generators, context.real)
+        counts = keep.sum(-1).flatten().tolist()  # rows whose anchors exceed the budget keep more than the others
+        return keep, counts[0] if len(set(counts)) == 1 else None
+
+
+@dataclass
+class SeededRandomPress(ScorerPress):
+    """kvpress's RandomPress with draws that depend on the row and layer, never on the batch or on global state."""
+
+    row_seeds: Sequence[int] = ()
+
+    def score(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attentions: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Uniform float32[B, G, C]."""
+        generators = row_generators(self.row_seeds, module.layer_idx, keys.device)
+        return torch.stack([torch.rand(keys.shape[1:3], generator=g, device=keys.device) for g in generators])
+
+
+def row_generators(row_seeds: Sequence[int], layer: int, device: torch.device) -> list[torch.Generator]:
+    """One generator a row, independent across rows and layers."""
+    return [torch.Generator(device).manual_seed((seed * 1_000_003 + layer) % 2**63) for seed in row_seeds]
+
+
+def shortest_context(press: ScorerPress) -> int:
+    """Tokens that a context must exceed for this press to score it (its observation window or its sinks)."""
+    inner = getattr(press, "press", press)
+    return max(getattr(inner, "window_size", 0), getattr(inner, "n_sink", 0), int(isinstance(inner, TOVAPress)))
+
+
+@dataclass
+class AnchorRule:
+    """Every anchor and nothing else: what a static cache holds besides its recent window."""
+
+    selector: AnchorSelector
+
+    def keep(self, context: LayerContext) -> tuple[Tensor, int | None]:
+        anchors = self.selector(context.input_ids, context.real).to(context.keys.device)
+        return anchors[:, None].expand(-1, context.keys.shape[1], -1), None
+
+
+def make_rule(name: str, keep_ratio: float, selector: AnchorSelector, geometry: str = "two_region") -> Rule:
+    """A fresh rule. In the streaming geometry the recent window is each query's own, so it is no anchor of the row.
+
+    Raises
+    ------
+    UserError
+        If the name is unknown.
+    """
+    ratio = 1 - keep_ratio
+    if geometry == "streaming":
+        selector = selector.without_recent()
+        return AnchorRule(selector) if name == "anchor" else AnchorRandomRule(selector, keep_ratio)
+    if name == "anchor":
+        return PressRule(AnchorPress(ratio, selector, selector.config.sink_size if selector.config.use_sink else 0))
+    if name == "random":
+        return PressRule(SeededRandomPress(ratio))
+    if name == "anchor_random":
+        return AnchorRandomRule(selector, keep_ratio)
+    return PressRule(make_press(name, ratio))
+
+
+def check_rules(names: Sequence[str], geometry: str) -> None:
+    """Raise UserError unless every name is a rule that the geometry can use."""
+    known = {*OWN_RULES, *PRESSES}
+    for name in names:
+        if name not in known:
+            raise UserError(f"--rules names {name!r}; known rules: {', '.join(sorted(known))}")
+        if geometry == "streaming" and name not in STATIC_RULES:
+            raise UserError(
+                f"--rules names {name!r}, which looks at later tokens; --geometry streaming takes {', '.join(STATIC_RULES)}"
+            )
