@@ -131,11 +131,12 @@ def two_region_attention(
     -------
     [B, H, L, D]
     """
-    out = [causal_attention(*(x[:, :, : cuts[0]] for x in (query, key, value)), scaling, dropout)]
+    first = slice(cuts[0])
+    out = [causal_attention(query[:, :, first], key[:, :, first], value[:, :, first], scaling, dropout)]
     for keep, count, start, stop in zip(keeps, counts, cuts, [*cuts[1:], query.shape[2]], strict=True):
         index = kept_indices(keep, count)[..., None].expand(-1, -1, -1, key.shape[-1])
-        seen = [torch.cat((x[:, :, :start].gather(2, index), x[:, :, start:stop]), dim=2) for x in (key, value)]
-        out.append(causal_attention(query[:, :, start:stop], *seen, scaling, dropout))
+        keys, values = (torch.cat((x[:, :, :start].gather(2, index), x[:, :, start:stop]), dim=2) for x in (key, value))
+        out.append(causal_attention(query[:, :, start:stop], keys, values, scaling, dropout))
     return torch.cat(out, dim=2)
 
 

@@ -85,7 +85,7 @@ def classify_vocabulary(
         A `TokenClass` per id, on the CPU; V covers the tokenizer and ``config.vocab_size``.
     """
     vocab = tokenizer.get_vocab()
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text_config = getattr(config, "get_text_config", lambda: config)()
     size = max([len(tokenizer), getattr(text_config, "vocab_size", 0), *(i + 1 for i in vocab.values())])
     special = {i for i in tokenizer.all_special_ids if i is not None}
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -175,7 +175,7 @@ def _fingerprint(
     rules = (_RULES_VERSION, unicodedata.unidata_version, size, sorted(special), sorted(set(extra_punctuation)))
     decoding = decoder.__getstate__() if decoder is not None else type(tokenizer).__qualname__
     digest = hashlib.sha256(repr((rules, decoding)).encode())
-    digest.update(repr(sorted(vocab.items(), key=itemgetter(1))).encode("utf-8", "surrogatepass"))
+    digest.update(repr(sorted(vocab.items(), key=itemgetter(1))).encode())
     return digest.hexdigest()
 
 

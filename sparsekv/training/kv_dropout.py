@@ -31,7 +31,7 @@ from sparsekv.attention import (
 )
 from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.plan import EvictionPlan
-from sparsekv.training.rules import LayerContext, make_rule
+from sparsekv.training.rules import LayerContext, layer_of, make_rule
 
 IMPLEMENTATION = "sparsekv"
 
@@ -68,17 +68,18 @@ class ForwardEviction:
 
     def stash(self, module: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> None:
         """Remember a layer's input until its attention has scored it."""
-        if module.layer_idx not in self.keeps and not slides(module, hidden_states.shape[1]):
-            self._layer_inputs[module.layer_idx] = (hidden_states, position_embeddings)
+        layer = layer_of(module)
+        if layer not in self.keeps and not slides(module, hidden_states.shape[1]):
+            self._layer_inputs[layer] = (hidden_states, position_embeddings)
 
     def decide(self, module: nn.Module, key: Tensor, value: Tensor) -> list[Tensor]:
         """The layer's `keep` at each cut: Bool[B, G, cut], from [B, G, L, D] keys and values."""
-        layer = module.layer_idx
+        layer = layer_of(module)
         if layer in self.keeps:
             self.recomputed = True
             return self.keeps[layer]
         cuts = self.plan.cuts or (key.shape[2],)
-        hidden_states, position_embeddings = self._layer_inputs.pop(layer)
+        hidden_states, (cos, sin) = self._layer_inputs.pop(layer)
         decided = []
         with scoring(module):
             for name, ratio, cut in zip(self.plan.rules, self.plan.keep_ratios, cuts, strict=True):
@@ -87,7 +88,7 @@ class ForwardEviction:
                     hidden_states=hidden_states[:, :cut],
                     keys=key[:, :, :cut],
                     values=value[:, :, :cut],
-                    position_embeddings=tuple(x[:, :cut] for x in position_embeddings),
+                    position_embeddings=(cos[:, :cut], sin[:, :cut]),
                     input_ids=self.input_ids[:, :cut].to(key.device),
                     real=None if self.real is None else self.real[:, :cut].to(key.device),
                     row_seeds=self._row_seeds,
@@ -118,7 +119,7 @@ class ForwardEviction:
     ) -> Tensor:
         """Attention of one layer under the plan: [B, H, L, D], by the fast path where it applies."""
         keeps = self.decide(module, key, value)
-        counts = [count for count in self.counts[module.layer_idx] if count is not None]
+        counts = [count for count in self.counts[layer_of(module)] if count is not None]
         if self.plan.geometry == "two_region" and self.real is None and len(counts) == len(keeps):
             return two_region_attention(query, key, value, keeps, self.plan.cuts, counts, scaling, dropout)
         mask = combine_masks(self.mask(module, key, value), attention_mask)
@@ -169,7 +170,7 @@ class KVDropoutContext:
     """
 
     def __init__(self, model: nn.Module, plan: EvictionPlan | None, selector: AnchorSelector) -> None:
-        self.base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base = base_of(model)
         self.plan = plan
         self.selector = selector
         self.last: ForwardEviction | None = None
@@ -273,9 +274,11 @@ class SDPAKVDropout(KVDropoutContext):
     ) -> Tensor:
         layer, eviction = self._layer, self.last
         if layer is None or eviction is None or self._in_full_forward or slides(layer, query.shape[2]):
-            return unpatched_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            return unpatched_sdpa(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         self._layer = None  # a press may call attention itself while scoring
-        copies = key.shape[1] // layer.config.num_key_value_heads  # 1 unless the model has repeated its heads
+        copies = key.shape[1] // layer.config.num_key_value_heads  # type: ignore[union-attr,operator]  # 1 unless the model has repeated its heads
         mask = eviction.mask(layer, key[:, ::copies], value[:, ::copies])
         mask = repeat_heads(combine_masks(mask, attn_mask), query.shape[1])
         key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
@@ -324,6 +327,12 @@ def begin_forward(plan: EvictionPlan, selector: AnchorSelector, args: tuple, kwa
     return ForwardEviction(plan, selector, input_ids, real)
 
 
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside an adapter, or the model itself."""
+    base: Any = model
+    return base.get_base_model() if hasattr(base, "get_base_model") else base
+
+
 def attention_modules(decoder: nn.Module) -> list[nn.Module]:
     """The decoder's attention layers: modules that know their `layer_idx` and are called Attention."""
     found = [m for m in decoder.modules() if hasattr(m, "layer_idx") and "Attention" in type(m).__name__]
@@ -334,10 +343,11 @@ def attention_modules(decoder: nn.Module) -> list[nn.Module]:
 
 def slides(module: nn.Module, length: int) -> bool:
     """Whether the layer sees only a sliding window of `length` tokens: such a layer holds no long cache to evict."""
-    layer_types = getattr(module.config, "layer_types", None)
+    config: Any = module.config
+    layer_types = getattr(config, "layer_types", None)
     if layer_types:
-        return layer_types[module.layer_idx] != "full_attention"
-    window = getattr(module.config, "sliding_window", None)
+        return layer_types[layer_of(module)] != "full_attention"
+    window = getattr(config, "sliding_window", None)
     return window is not None and window < length
 
 

@@ -1,5 +1,6 @@
 """What one optimizer step evicts: the cuts, the rule and the keep ratio at each, drawn from the seed and the step."""
 
+import itertools
 import math
 import random
 from collections.abc import Mapping
@@ -34,7 +35,9 @@ class EvictionPlan:
             raise UserError(f"--geometry {self.geometry!r} must be one of {', '.join(get_args(Geometry))}")
         expected = len(self.cuts) if self.geometry == "two_region" else 1
         if len(self.rules) != expected or len(self.keep_ratios) != expected or expected == 0:
-            raise ValueError(f"a {self.geometry} plan with cuts {self.cuts} needs one rule and keep ratio a cut: {self}")
+            raise ValueError(
+                f"a {self.geometry} plan needs {expected} cuts, rules and keep ratios, at least one: {self}"
+            )
         if list(self.cuts) != sorted(set(self.cuts)) or any(cut < 1 for cut in self.cuts):
             raise ValueError(f"cuts must be positive and ascend: {self.cuts}")
 
@@ -90,4 +93,4 @@ class PlanSampler:
         first = math.floor(self.min_cut * length)
         span = math.floor(self.max_cut * length) - first + 1
         bounds = [first + span * part // self.num_cuts for part in range(self.num_cuts + 1)]
-        return tuple(rng.randrange(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False))
+        return tuple(rng.randrange(start, stop) for start, stop in itertools.pairwise(bounds))

@@ -115,7 +115,7 @@ class AnchorRandomRule:
 
     def keep(self, context: LayerContext) -> tuple[Tensor, int | None]:
         anchors = self.selector(context.input_ids, context.real).to(context.keys.device)
-        generators = row_generators(context.row_seeds, context.module.layer_idx, context.keys.device)
+        generators = row_generators(context.row_seeds, layer_of(context.module), context.keys.device)
         heads = context.keys.shape[1]
         keep = build_kv_mask_from_anchors(anchors, self.keep_ratio, heads, generators, context.real)
         counts = keep.sum(-1).flatten().tolist()  # rows whose anchors exceed the budget keep more than the others
@@ -138,8 +138,14 @@ class SeededRandomPress(ScorerPress):
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Uniform float32[B, G, C]."""
-        generators = row_generators(self.row_seeds, module.layer_idx, keys.device)
+        generators = row_generators(self.row_seeds, layer_of(module), keys.device)
         return torch.stack([torch.rand(keys.shape[1:3], generator=g, device=keys.device) for g in generators])
+
+
+def layer_of(module: nn.Module) -> int:
+    """The index of an attention layer, which the module knows itself."""
+    index: Any = module.layer_idx
+    return index
 
 
 def row_generators(row_seeds: Sequence[int], layer: int, device: torch.device) -> list[torch.Generator]:
@@ -192,6 +198,7 @@ def check_rules(names: Sequence[str], geometry: str) -> None:
         if name not in known:
             raise UserError(f"--rules names {name!r}; known rules: {', '.join(sorted(known))}")
         if geometry == "streaming" and name not in STATIC_RULES:
+            allowed = ", ".join(STATIC_RULES)
             raise UserError(
-                f"--rules names {name!r}, which looks at later tokens; --geometry streaming takes {', '.join(STATIC_RULES)}"
+                f"--rules names {name!r}, which looks at later tokens; --geometry streaming takes {allowed}"
             )

@@ -202,7 +202,6 @@ class AdaptiveScheduler(KeepRatioScheduler):
             return
         self._over += 1
         if self._over >= self.patience:
-            self._over = 0
             self._keep_ratio = self._best
 
     def state_dict(self) -> dict[str, Any]:

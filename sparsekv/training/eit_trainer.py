@@ -1,0 +1,333 @@
+"""Eviction-invariant training: a full-cache teacher, an evicted-cache student, loss = CE + λ·KL."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from sparsekv.errors import UserError
+from sparsekv.files import write_json
+from sparsekv.training.anchor import AnchorSelector
+from sparsekv.training.config import EITConfig
+from sparsekv.training.kv_dropout import KVDropoutContext, base_of
+from sparsekv.training.loss import IGNORE_INDEX, distillation_loss
+from sparsekv.training.meter import Meter
+from sparsekv.training.plan import EvictionPlan
+
+SCHEDULER_STATE = "scheduler_state.json"
+STAGING = ".staging"
+
+
+class EITTrainer(Trainer):
+    """`transformers.Trainer` whose loss compares a student under eviction with the full-cache base model.
+
+    Rows carry `input_ids` (Long[B, L]) and optionally `attention_mask`. The teacher is the base with the adapter
+    disabled, or `teacher` when every parameter is trained.
+
+    Parameters
+    ----------
+    model : PeftModel or PreTrainedModel
+    config : EITConfig
+    tokenizer : PreTrainedTokenizerBase
+    args : TrainingArguments
+    teacher : PreTrainedModel, optional
+        A frozen model; needed exactly when `model` is no PeftModel and λ > 0.
+    **kwargs
+        Of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: EITConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        args: TrainingArguments,
+        teacher: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args.remove_unused_columns = False
+        super().__init__(model, args, processing_class=tokenizer, **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole step, here and only here
+        self.config = config
+        self.base = base_of(model)
+        self.teacher = teacher
+        self._needs_teacher = bool(config.lambda_kl or config.lambda_context)
+        if self._needs_teacher and teacher is None and not hasattr(model, "disable_adapter"):
+            raise ValueError("training every parameter with a KL term needs `teacher`, a frozen copy of the base")
+        _require_plain_head(self.base)
+        self.selector = AnchorSelector(config.anchors, tokenizer, self.base.config)
+        self.schedule = config.make_schedule(total_steps=1)  # remade when the number of steps is known
+        self.sampler = config.make_sampler()
+        self._staging: str | None = None
+        self.meter = Meter(self.base, trains_all=not hasattr(model, "disable_adapter"))
+
+    # ---- one step ----
+
+    def current_plan(self, length: int) -> EvictionPlan:
+        """This optimizer step's cuts, rules and ratios: the same in every micro-batch and process."""
+        return self.sampler.draw(self.state.global_step, length, self.schedule.keep_ratio)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a micro-batch, both inside the eviction context (checkpointing recomputes)."""
+        plan = None if self.config.control else self.current_plan(inputs["input_ids"].shape[1])
+        with KVDropoutContext(self.base, plan, self.selector) as self.eviction:
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """Σ over this micro-batch's tokens of CE + λ·KL, divided by the tokens of the whole optimizer step."""
+        config, input_ids = self.config, inputs["input_ids"]  # Long[B, L]
+        plan = self.current_plan(input_ids.shape[1])
+        labels, context = loss_tokens(input_ids, inputs.get("attention_mask"), plan.first_query)  # [B, L] each
+        counts = self._count_tokens([inputs]) if num_items_in_batch is None else num_items_in_batch  # Long[2]
+        teacher_hidden = self._teacher_hidden(model, inputs) if self._needs_teacher else None  # [B, L, D]
+
+        def head_loss(hidden: Tensor, head: nn.Module) -> Tensor:  # [B, L, D]
+            sums = distillation_loss(
+                hidden.flatten(0, 1),
+                None if teacher_hidden is None else teacher_hidden.flatten(0, 1),
+                labels.flatten(),
+                head,
+                self._teacher_head(head),
+                lambda_kl=config.lambda_kl,
+                temperature=config.temperature,
+                direction=config.kl_direction,
+                context_mask=context.flatten(),
+                lambda_context=config.lambda_context,
+            )
+            self.meter.add(sums, inputs, plan, self.eviction.last, self.selector)
+            tokens, context_tokens = counts.to(sums.loss.device).clamp(min=1)
+            return sums.loss / tokens + sums.context_loss / context_tokens
+
+        loss = run_with_loss(model, self.base, inputs, head_loss).to(self.args.device)
+        return loss * self.accelerator.num_processes  # gradients are averaged over processes; `counts` are of all
+
+    @torch.no_grad()
+    def _teacher_hidden(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """The full-cache teacher's last hidden states, [B, L, D]."""
+        if self.teacher is not None:
+            return last_hidden(self.teacher, self.teacher, inputs)
+        model.eval()  # no dropout anywhere: the target holds still
+        try:
+            with self.eviction.full_attention(), self.accelerator.unwrap_model(model).disable_adapter():
+                return last_hidden(model, self.base, inputs)
+        finally:
+            model.train()
+
+    def _teacher_head(self, head: nn.Module) -> nn.Module:
+        if self.teacher is not None:
+            return self.teacher.get_output_embeddings()
+        return getattr(head, "base_layer", getattr(head, "original_module", head))
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
+        """Long[2]: the tokens of the optimizer step that carry distillation loss and context loss, over processes."""
+        if not batch_samples:
+            return None
+        return self.accelerator.reduce(self._count_tokens(batch_samples).to(device), reduction="sum")
+
+    def _count_tokens(self, batches: list[dict[str, Tensor]]) -> Tensor:
+        counts = []
+        for inputs in batches:
+            first_query = self.current_plan(inputs["input_ids"].shape[1]).first_query
+            labels, context = loss_tokens(inputs["input_ids"], inputs.get("attention_mask"), first_query)
+            counts.append(torch.stack([(labels != IGNORE_INDEX).sum(), context.sum()]))
+        return torch.stack(counts).sum(0)
+
+    # ---- schedule, logs, evaluation ----
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Give the schedule its length; called once, before training or resuming."""
+        self.schedule = self.config.make_schedule(total_steps)
+
+    def load_schedule(self, checkpoint: Path) -> None:
+        """Continue the schedule from a checkpoint's state."""
+        self.schedule.load_state_dict(json.loads((checkpoint / SCHEDULER_STATE).read_text(encoding="utf-8")))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the training figures since the last log line."""
+        if "loss" in logs:
+            logs |= self.meter.flush(self.accelerator)
+            logs["schedule_keep_ratio"] = self.schedule.keep_ratio
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Perplexity of the same suffix tokens with the full cache and evicted, the mixture's rules by turns.
+
+        Returns
+        -------
+        dict
+            `eval_full_ppl`; `eval_evicted_ppl` at `min_keep_ratio`, comparable over the whole run; and, for the
+            adaptive schedule, `eval_current_ppl` at its current ratio.
+        """
+        ratios = {"full": None, "evicted": self.config.min_keep_ratio}
+        if self.config.scheduler_mode == "adaptive":
+            ratios["current"] = self.schedule.keep_ratio
+        self.base.eval()
+        loader = list(self.get_eval_dataloader(eval_dataset))
+        metrics = {}
+        for name, ratio in ratios.items():
+            metrics[f"{metric_key_prefix}_{name}_ppl"] = math.exp(min(self._mean_nll(loader, ratio), 700))
+        self.base.train()
+        if self.config.scheduler_mode == "adaptive":
+            if self.schedule.needs_reference:
+                self.schedule.set_reference(metrics[f"{metric_key_prefix}_full_ppl"])
+            self.schedule.observe(metrics[f"{metric_key_prefix}_current_ppl"])
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _mean_nll(self, batches: list[dict[str, Tensor]], keep_ratio: float | None) -> float:
+        """Nats a token of the suffix after one cut in the middle of the range, over all processes."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for number, batch in enumerate(batches):
+            inputs = self._prepare_inputs(batch)
+            length = inputs["input_ids"].shape[1]
+            cut = round(length * (self.config.min_cut + self.config.max_cut) / 2)
+            plan = self._eval_plan(number, cut, keep_ratio)
+            first_query = cut if self.config.geometry == "two_region" else 0
+            labels, _ = loss_tokens(inputs["input_ids"], inputs.get("attention_mask"), first_query)
+            with KVDropoutContext(self.base, plan, self.selector):
+                total[0] += run_with_loss(self.model_wrapped, self.base, inputs, _cross_entropy(labels))
+            total[1] += (labels != IGNORE_INDEX).sum()
+        nll, tokens = self.accelerator.reduce(total, reduction="sum").tolist()
+        return nll / tokens
+
+    def _eval_plan(self, number: int, cut: int, keep_ratio: float | None) -> EvictionPlan | None:
+        if keep_ratio is None:
+            return None
+        rules = sorted(self.config.rules)
+        cuts = (cut,) if self.config.geometry == "two_region" else ()
+        return EvictionPlan(self.config.geometry, cuts, (rules[number % len(rules)],), (keep_ratio,), seed=number)
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint beside its place and rename it there: a half-written one never has its name."""
+        out = Path(str(self.args.output_dir))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if (out / name).exists():  # a stop asked for just after a save: the step's state is already there
+            return
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(out / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        self._staging = str(out / STAGING)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            staged = out / STAGING / name
+            write_json(staged / SCHEDULER_STATE, self.schedule.state_dict())
+            os.replace(staged, out / name)
+            shutil.rmtree(out / STAGING)
+        self.accelerator.wait_for_everyone()
+
+
+def loss_tokens(input_ids: Tensor, attention_mask: Tensor | None, first_query: int) -> tuple[Tensor, Tensor]:
+    """Which positions carry loss, for a model that predicts the next token.
+
+    Parameters
+    ----------
+    input_ids : Long[B, L]
+    attention_mask : Bool or Long[B, L], optional
+        Nonzero where a token is real.
+    first_query : int
+        Positions from here on see an evicted cache.
+
+    Returns
+    -------
+    labels : Long[B, L]
+        The next token at evicted positions; -100 at context positions, padding and the last position.
+    context : Bool[B, L]
+        True at real context positions.
+    """
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    labels[:, :-1] = input_ids[:, 1:].masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORE_INDEX)
+    labels[:, :first_query] = IGNORE_INDEX
+    context = real.clone()
+    context[:, first_query:] = False
+    return labels, context
+
+
+def run_with_loss(
+    model: nn.Module, base: PreTrainedModel, inputs: dict[str, Tensor], head_loss: Callable[[Tensor, nn.Module], Tensor]
+) -> Tensor:
+    """Run `model` (maybe wrapped by DDP or FSDP) and compute a scalar loss where its head would make logits.
+
+    The loss must be part of the wrapped model's own forward pass and output: FSDP gathers the head's weights only
+    there. `head_loss` gets the last hidden states, [B, L, D], and the head.
+    """
+    found: dict[str, Tensor] = {}
+
+    def replace_logits(head: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        handle.remove()  # `head_loss` calls the head itself
+        return head_loss(found["hidden"], head)
+
+    handle = base.get_output_embeddings().register_forward_hook(replace_logits)
+    try:
+        with _capture(base, found):
+            return model(**_forward_inputs(inputs)).logits
+    finally:
+        handle.remove()
+
+
+def last_hidden(model: nn.Module, base: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """The decoder's last hidden states, [B, L, D], without the head's logits."""
+    found: dict[str, Tensor] = {}
+    with _capture(base, found):
+        model(**_forward_inputs(inputs))
+    return found["hidden"]
+
+
+@contextlib.contextmanager
+def _capture(base: PreTrainedModel, found: dict[str, Tensor]) -> Iterator[None]:
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        found["hidden"] = output[0]
+
+    handle = base.get_decoder().register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _forward_inputs(inputs: dict[str, Tensor]) -> dict[str, Any]:
+    known: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    return {**known, "use_cache": False, "logits_to_keep": 1}  # the one token's logits are thrown away
+
+
+def _cross_entropy(labels: Tensor) -> Callable[[Tensor, nn.Module], Tensor]:
+    def head_loss(hidden: Tensor, head: nn.Module) -> Tensor:
+        return distillation_loss(hidden.flatten(0, 1), None, labels.flatten(), head, head).ce
+
+    return head_loss
+
+
+def _require_plain_head(model: PreTrainedModel) -> None:
+    """Some models scale or cap their logits after the head; the chunked loss would miss that."""
+    config = model.config.get_text_config()
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        value = getattr(config, name, None)
+        if value not in (None, 1, 1.0):
+            raise UserError(f"--model {model.name_or_path}: its {name} = {value} is not supported in training")

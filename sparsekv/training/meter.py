@@ -1,0 +1,106 @@
+"""Figures of training between two log lines."""
+
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsekv.training.anchor import AnchorSelector
+from sparsekv.training.kv_dropout import ForwardEviction
+from sparsekv.training.loss import LossSums
+from sparsekv.training.plan import EvictionPlan
+
+# Dense bf16 peak in FLOP/s by the makers' data sheets; a longer name comes before one that it contains.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
+
+
+class Meter:
+    """Sums over micro-batches, reduced over processes when flushed.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The base model, to count floating-point operations.
+    trains_all : bool
+        Whether every parameter is trained, and not only an adapter.
+    """
+
+    def __init__(self, model: PreTrainedModel, trains_all: bool) -> None:
+        embedding: Any = model.get_input_embeddings()
+        parameters = sum(p.numel() for p in model.parameters()) - embedding.weight.numel()
+        # 2 FLOPs a parameter and token each for teacher, student and the gradient of activations; one more for the
+        # gradient of weights when they are trained. Attention's own work is left out.
+        self.flops_per_token = 2 * parameters * (4 if trains_all else 3)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: Tensor | None = None
+        self.tokens = 0
+        self.started = time.perf_counter()
+
+    def add(
+        self,
+        sums: LossSums,
+        inputs: dict[str, Tensor],
+        plan: EvictionPlan,
+        eviction: ForwardEviction | None,
+        selector: AnchorSelector,
+    ) -> None:
+        """Count one micro-batch. `eviction` is None when nothing was evicted (control)."""
+        input_ids, attention_mask = inputs["input_ids"], inputs.get("attention_mask")
+        context = plan.cuts[-1] if plan.cuts else input_ids.shape[1]
+        anchors = selector(input_ids[:, :context], None if attention_mask is None else attention_mask[:, :context])
+        requested = 1.0 if eviction is None else sum(plan.keep_ratios) / len(plan.keep_ratios)
+        actual = 1.0 if eviction is None else eviction.keep_ratio()
+        ratios = anchors.new_tensor([requested, actual, 1.0], dtype=torch.float64)
+        parts = [sums.ce, sums.kl, sums.kl_context]
+        row = torch.cat(
+            [
+                torch.stack([part.detach().double().to(anchors.device) for part in parts]),
+                ratios.new_tensor([sums.tokens, sums.context_tokens]),
+                anchors.double().mean()[None],
+                ratios,
+            ]
+        )
+        self.sums = row if self.sums is None else self.sums + row
+        self.tokens += input_ids.numel()
+
+    def flush(self, accelerator: Accelerator) -> dict[str, float]:
+        """The figures since the last call, over all processes."""
+        if self.sums is None:
+            return {}
+        device = self.sums.device
+        totals = torch.cat([self.sums.to(accelerator.device), torch.tensor([self.tokens], device=accelerator.device)])
+        totals = accelerator.reduce(totals, reduction="sum").tolist()
+        ce, kl, kl_context, tokens, context_tokens, anchors, requested, actual, batches, seen = totals
+        rate = seen / (time.perf_counter() - self.started)
+        logs = {
+            "ce": ce / max(tokens, 1),
+            "kl": kl / max(tokens, 1),
+            "requested_keep_ratio": requested / batches,
+            "actual_keep_ratio": actual / batches,
+            "anchor_share": anchors / batches,
+            "tokens_per_second": rate,
+        }
+        if context_tokens:
+            logs["kl_context"] = kl_context / context_tokens
+        if device.type == "cuda":
+            logs["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+            name = torch.cuda.get_device_name(device)
+            peak = next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+            if peak:
+                logs["mfu"] = rate * self.flops_per_token / (peak * accelerator.num_processes)
+        self._reset()
+        return logs

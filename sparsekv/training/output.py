@@ -1,0 +1,96 @@
+"""The files of a training run: which folder may be used, what is recorded, what is left at the end."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sparsekv.errors import UserError
+from sparsekv.files import write_json, write_text
+from sparsekv.training.config import TrainConfig
+from sparsekv.training.eit_trainer import SCHEDULER_STATE, STAGING, EITTrainer
+from sparsekv.training.model_card import model_card
+
+RUN_CONFIG = "eit_config.json"
+FINAL = "final"
+MAY_CHANGE_ON_RESUME = {"resume", "save_steps", "eval_steps", "logging_steps", "report_to", "output_dir", "device_map"}
+
+
+def usable_checkpoint(out: Path, config: TrainConfig) -> Path | None:
+    """The checkpoint to resume from, if any; raise UserError when the folder cannot be used. Writes nothing."""
+    existing = out
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {out}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {out}: {existing} is not writable; name a folder that is")
+    if shutil.disk_usage(existing).free < 64 * 2**20:
+        raise UserError(f"--output_dir {out}: less than 64 MiB are free there; name a folder on another disk")
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    if not config.resume:
+        raise UserError(f"--output_dir {out}: is not empty; give --resume to continue its run, or another folder")
+    return _find_checkpoint(out, config)
+
+
+def _find_checkpoint(out: Path, config: TrainConfig) -> Path | None:
+    if not (out / RUN_CONFIG).is_file():
+        raise UserError(f"--resume: {out} holds no run (no {RUN_CONFIG})")
+    before = json.loads((out / RUN_CONFIG).read_text(encoding="utf-8"))["config"]
+    now = asdict(config)
+    changed = [name for name in now if name not in MAY_CHANGE_ON_RESUME and now[name] != before.get(name)]
+    if changed:
+        differences = ", ".join(f"--{name} {now[name]!r} (was {before.get(name)!r})" for name in changed)
+        raise UserError(f"--resume: {out} was trained with other options: {differences}")
+    numbered = [(int(p.name.rpartition("-")[2]), p) for p in out.glob("checkpoint-*") if p.name[11:].isdigit()]
+    return max(numbered)[1] if numbered else None
+
+
+def prepare_output_dir(out: Path, record: dict[str, Any]) -> None:
+    """Make the folder, clear what a killed run left half-written, and record the run."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out / STAGING, ignore_errors=True)
+        write_json(out / RUN_CONFIG, record)
+    except OSError as error:
+        raise UserError(f"--output_dir {out}: cannot be written ({error.strerror})") from error
+
+
+def run_record(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
+    """What is needed to run this again: options, versions, commit, data."""
+    packages = ("sparsekv", "torch", "transformers", "peft", "kvpress", "accelerate", "datasets")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"config": asdict(config), "versions": versions, "commit": commit(), "data_fingerprint": fingerprint}
+
+
+def commit() -> str | None:
+    """The commit of the checkout that the package runs from, `-dirty` if changed; None when it is installed."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
+        if tracked.returncode:
+            return None
+        described = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(described, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def save_final(trainer: EITTrainer, out: Path, record: dict[str, Any]) -> None:
+    """Write `final/`: the adapter (or model), tokenizer, record, schedule and model card; whole or not at all."""
+    staged = out / STAGING / FINAL
+    trainer.save_model(str(staged))
+    if not trainer.args.should_save:
+        return
+    (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; eit_config.json says the same in plain text
+    write_json(staged / RUN_CONFIG, record)
+    write_json(staged / SCHEDULER_STATE, trainer.schedule.state_dict())
+    write_text(staged / "README.md", model_card(record, trainer.state.log_history))
+    shutil.rmtree(out / FINAL, ignore_errors=True)
+    os.replace(staged, out / FINAL)
+    shutil.rmtree(out / STAGING, ignore_errors=True)

@@ -1,0 +1,165 @@
+"""From a TrainConfig to an adapter on disk."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, default_data_collator, set_seed
+
+from sparsekv.data import build_datasets, parse_sources
+from sparsekv.errors import UserError
+from sparsekv.models import attach_lora, load_model, load_tokenizer
+from sparsekv.training.callbacks import MetricsCallback, ScheduleCallback, StopCallback
+from sparsekv.training.config import TrainConfig
+from sparsekv.training.eit_trainer import EITTrainer
+from sparsekv.training.output import FINAL, prepare_output_dir, run_record, save_final, usable_checkpoint
+
+
+def train(config: TrainConfig) -> Path | None:
+    """Train and save; everything that can be wrong with the input is found before anything is written.
+
+    Returns
+    -------
+    Path or None
+        `output_dir/final`, or None when a signal stopped the run (it can then be resumed).
+
+    Raises
+    ------
+    UserError
+        If an option, the model, the data or the output folder cannot work.
+    """
+    out = Path(config.output_dir)
+    args = training_arguments(config)
+    checkpoint = usable_checkpoint(out, config)
+    args.distributed_state.wait_for_everyone()  # no process writes before every one has looked
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    base = load_model(config.model, config.dtype, config.device_map, config.trust_remote_code)
+    _check_length(base, config)
+    *rows, fingerprint = build_datasets(
+        parse_sources(config.data),
+        tokenizer,
+        config.max_seq_len,
+        config.num_train_samples,
+        config.num_validation_samples,
+        config.seed,
+        config.data_subset,
+    )
+    set_seed(config.seed)  # the adapter's initialisation does not depend on how the data was read
+    model, teacher = _student_and_teacher(base, config)
+    trainer = _make_trainer(model, teacher, tokenizer, config, args, rows)
+    record = run_record(config, fingerprint)
+    if args.should_save:
+        prepare_output_dir(out, record)
+    args.distributed_state.wait_for_everyone()
+    return _run(trainer, out, record, checkpoint)
+
+
+def _run(trainer: EITTrainer, out: Path, record: dict[str, Any], checkpoint: Path | None) -> Path | None:
+    stop = StopCallback()
+    trainer.add_callback(stop)
+    if checkpoint is not None:
+        trainer.load_schedule(checkpoint)
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if stop.stopped_by is not None and trainer.state.global_step < trainer.state.max_steps:
+            return None
+        trainer.evaluate()
+        record = {**record, "seconds": round(time.perf_counter() - started, 1), "steps": trainer.state.global_step}
+        save_final(trainer, out, record)
+    except OSError as error:
+        raise UserError(f"--output_dir {out}: cannot be written ({error.strerror or error})") from error
+    return out / FINAL
+
+
+def _check_length(base: PreTrainedModel, config: TrainConfig) -> None:
+    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.max_seq_len > longest:
+        raise UserError(f"--max_seq_len {config.max_seq_len}: {config.model} has {longest} positions")
+
+
+def _student_and_teacher(
+    base: PreTrainedModel, config: TrainConfig
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedModel | None]:
+    """An adapter on the base, which is then its own teacher; or the whole model and a frozen copy of it."""
+    if config.lora_r:
+        model = attach_lora(base, config.lora_r, config.lora_alpha, config.lora_targets, config.lora_dropout)
+        trainable, total = model.get_nb_trainable_parameters()
+        print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+        return model, None
+    print("trainable parameters: all")
+    if not (config.lambda_kl or config.lambda_context):
+        return base, None
+    teacher = load_model(config.model, config.dtype, config.device_map, config.trust_remote_code)
+    return base, teacher.eval().requires_grad_(False)
+
+
+def _make_trainer(
+    model: PreTrainedModel | PeftModel,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    args: TrainingArguments,
+    rows: list[Dataset],
+) -> EITTrainer:
+    if teacher is not None and not hasattr(teacher, "hf_device_map"):
+        torch.nn.Module.to(teacher, args.device)
+    trainer = EITTrainer(
+        model,
+        config,
+        tokenizer,
+        args,
+        teacher=teacher,
+        train_dataset=rows[0],
+        eval_dataset=rows[1],
+        data_collator=default_data_collator,
+    )
+    steps_an_epoch = math.ceil(len(rows[0]) / (config.batch_size * config.grad_accum * args.world_size))
+    trainer.set_total_steps(
+        config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_an_epoch)
+    )
+    trainer.add_callback(ScheduleCallback(trainer.schedule))
+    trainer.add_callback(MetricsCallback(config.output_dir))
+    return trainer
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The Trainer's own options for a run."""
+    args = TrainingArguments(
+        output_dir=config.output_dir,
+        max_steps=config.max_steps,
+        num_train_epochs=config.num_train_epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.grad_accum,
+        learning_rate=config.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.lr_warmup_fraction,  # below 1: a share of the steps
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=torch.cuda.is_available() and config.device_map != "cpu" and config.dtype != "float32",
+        use_cpu=config.device_map == "cpu",
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        eval_strategy="steps" if config.eval_steps else "no",
+        eval_steps=config.eval_steps or None,
+        eval_on_start=True,
+        metric_for_best_model="eval_evicted_ppl",
+        greater_is_better=False,
+        report_to=config.report_to or "none",
+        seed=config.seed,
+        data_seed=config.seed,
+        ddp_find_unused_parameters=False,
+        average_tokens_across_devices=True,
+    )
+    if args.n_gpu > 1:  # several GPUs in one process: transformers would use DataParallel, which knows no eviction
+        args._n_gpu = 1
+    return args
