@@ -1,5 +1,7 @@
 """The command line: one thin command a phase. Bad input ends with one line and status 2."""
 
+import dataclasses
+import itertools
 import logging
 import os
 import signal
@@ -7,8 +9,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from transformers.utils.logging import disable_progress_bar
 
 from sparsekv.errors import UserError
 
@@ -39,26 +43,23 @@ def make_parser() -> ArgumentParser:
     from sparsekv.demo import DemoConfig
     from sparsekv.training.config import TrainConfig
 
-    summary = "Train language models so that evicting their KV cache costs little."
-    parser = ArgumentParser(prog="sparsekv", description=summary)
-    commands = parser.add_subcommands(metavar="command")
+    about = "Train language models so that evicting their KV cache costs little."
+    parser = ArgumentParser(prog="sparsekv", description=about, exit_on_error=False)
+    commands = parser.add_subcommands(metavar="command", dest="command")
     for name, schema, summary in (
         ("train", TrainConfig, "Eviction-invariant training: from text to an adapter."),
         ("merge", MergeConfig, "Merge an adapter into its base model."),
         ("demo", DemoConfig, "Train a small real model here and compare base, control and trained."),
     ):
-        command = ArgumentParser(description=summary)
+        command = ArgumentParser(description=summary, exit_on_error=False)
         command.add_argument("--config", action=ActionConfigFile, help="YAML file of options; flags win.")
         command.add_class_arguments(schema, as_group=False, fail_untyped=True)
         commands.add_subcommand(name, command, help=summary)
     return parser
 
 
-def run(options: Namespace, parser: ArgumentParser) -> int:
-    """Run the chosen command; returns the exit status."""
-    name = options.subcommand
-    values = parser.instantiate_classes(options)[name].as_dict()
-    values.pop("config", None)
+def run(name: str, values: dict[str, Any]) -> int:
+    """Run a command; returns the exit status."""
     if name == "train":
         from sparsekv.training.config import TrainConfig
         from sparsekv.training.run import train
@@ -81,16 +82,40 @@ def run(options: Namespace, parser: ArgumentParser) -> int:
     return 0
 
 
+def spell_out_switches(arguments: Sequence[str]) -> list[str]:
+    """`--resume` → `--resume true`, for every option that is true or false."""
+    from sparsekv.training.config import TrainConfig
+
+    switches = {f"--{field.name}" for field in dataclasses.fields(TrainConfig) if field.type is bool}
+    spelled: list[str] = []
+    for argument, following in itertools.pairwise([*arguments, "--"]):
+        spelled.append(argument)
+        if argument in switches and following.startswith("--"):
+            spelled.append("true")
+    return spelled
+
+
+def one_line(error: Exception) -> str:
+    """jsonargparse's message of several lines as one, with the flag as it is typed."""
+    message = " ".join(str(error).split())
+    return message.replace('Parser key "', "--").replace('":', ":")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `sparsekv` command."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sparsekv").setLevel(logging.INFO)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of loading weights: hundreds of lines in a log file
     warnings.filterwarnings("ignore", category=FutureWarning)
     parser = make_parser()
     try:
-        status = run(parser.parse_args(arguments), parser)
-    except UserError as error:
-        print(f"sparsekv: {error}", file=sys.stderr)
+        options = parser.parse_args(spell_out_switches(sys.argv[1:] if arguments is None else arguments))
+        values = parser.instantiate(options)[options.command].as_dict()
+        values.pop("config", None)
+        status = run(options.command, values)
+    except (UserError, ArgumentError) as error:
+        print(f"sparsekv: {one_line(error)}", file=sys.stderr)
         status = 2
     sys.exit(status)
 

@@ -186,7 +186,9 @@ class _Loader:
             sides = self._tokenize(documents, need, share)
             if all(sum(map(len, sides[side])) >= enough[side] for side in enough):
                 if as_passages:
-                    logger.warning("--data %s has too few documents: training and validation share documents", name)
+                    logger.warning(
+                        "--data %s has too few documents: training and validation are passages of the same ones", name
+                    )
                 return sides
         total = sum(len(tokens) for side in sides.values() for tokens in side)
         rows = "one row" if total < self.max_seq_len else "a training and a validation row"
@@ -208,10 +210,11 @@ class _Loader:
             batch.clear()
 
         batch: list[tuple[bool, str, bool]] = []
+        batch_chars = min(BATCH_CHARS, 8 * sum(need.values()))  # a small need reads little of a stream
         for side, text, ends in _pieces(documents, share):
             if have[side] < need[side]:
                 batch.append((side, text, ends))
-            if sum(len(text) for _, text, _ in batch) > BATCH_CHARS:
+            if sum(len(text) for _, text, _ in batch) > batch_chars:
                 flush()
             if all(have[side] >= need[side] for side in need):
                 return sides
@@ -357,7 +360,7 @@ def _read_parquet(file: str) -> Iterator[str]:
 
 def _hub_stream(name: str, data_subset: str | None) -> datasets.IterableDataset:
     """A Hub dataset's training split, streamed (or read from the datasets cache when HF_HUB_OFFLINE is set)."""
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith(SUFFIXES):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) or name.endswith(SUFFIXES):
         raise UserError(f"--data {name}: no such file or folder; give pydoc, recall, a path or a Hub dataset")
     try:
         if not constants.HF_HUB_OFFLINE:
@@ -395,14 +398,16 @@ def _library_files() -> list[str]:
 
 def _read_pydoc(parts: list[str]) -> Iterator[dict[str, str]]:
     """Topics of the language reference, by name, and the docstrings of library files, by path."""
+    root = sysconfig.get_path("stdlib")
     for part in parts:
         if part.endswith(".py"):
-            yield {"text": _docstrings(Path(part))}
+            module = ".".join(Path(part).relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+            yield {"text": _docstrings(Path(part), module)}
         else:
             yield {"text": importlib.import_module("pydoc_data.topics").topics[part]}
 
 
-def _docstrings(file: Path) -> str:
+def _docstrings(file: Path, module: str) -> str:
     """The docstrings of a source file under the names they document; parsed, never imported."""
     source = file.read_bytes()
     if b'"""' not in source:
@@ -414,7 +419,7 @@ def _docstrings(file: Path) -> str:
     except (SyntaxError, ValueError):  # a library may carry files that are broken on purpose
         return ""
     sections = []
-    stack: list[tuple[str, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]] = [(file.stem, tree)]
+    stack: list[tuple[str, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]] = [(module, tree)]
     while stack:
         name, node = stack.pop()
         if doc := ast.get_docstring(node):

@@ -144,7 +144,7 @@ LAST_NAMES = _words(
     "Marchetti Zielinski Abbott Castellan Drummond"
 )
 ADJECTIVES = _words(
-    "quiet northern wooden elder narrow hidden modern copper distant upper gentle broken winter coastal double "
+    "quiet northern wooden elder narrow mossy modern copper distant upper gentle broken winter coastal double "
     "second former visiting retired junior chief amber crooked floating glass hollow iron little open painted"
 )
 ROLES = _words(
@@ -306,7 +306,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class RecallRow:
-    """One row: `input_ids` (exactly the length asked for) and the turns at its end, in order."""
+    """One row: `input_ids` (exactly the length asked for), the turns at its end in order, and the facts told."""
 
     input_ids: list[int]
     turns: list[Turn]
@@ -383,23 +383,24 @@ class _Composer:
         """A row of `length` tokens, or None when this draw does not fit."""
         rng = self.rng
         suffix_budget = length * rng.uniform(0.4, 0.6)
-        density = rng.uniform(0.1, 0.4) if rng.random() < 0.25 else rng.uniform(0.5, 0.9)
-        facts_budget = (length - suffix_budget) * density
-        blocks: list[str] = []
+        density = rng.uniform(0.2, 0.45) if rng.random() < 0.25 else rng.uniform(0.5, 1.0)
+        facts_budget = 0.9 * (length - suffix_budget)
+        front: list[list[int]] = []
         turns: list[Turn] = []
         size = 0
-        while size < facts_budget:
+        while size < facts_budget * density or len(turns) < 4:
+            told = len(self.facts)
             text, asks = self.block()
-            cost = len(self.encode(text))
-            if blocks and size + cost > facts_budget:
+            block = self.encode(text)
+            size += len(block)
+            if front and size > facts_budget:
+                del self.facts[told:]
                 break
-            blocks.append(text)
+            front.append(block)
             turns += asks
-            size += cost
         rng.shuffle(turns)
         turns = self.stretch(self.enrich(turns), suffix_budget)
         render = self.chat if self.tokenizer.chat_template and rng.random() < 0.5 else self.plain()
-        front = [self.encode(text) for text in blocks]
         while turns:
             prefix, suffix = (self.encode(text) for text in render(turns))
             room = length - len(prefix) - len(suffix)
@@ -524,12 +525,12 @@ class _Composer:
         return Turn(question, answer, tuple(values))
 
     def stretch(self, turns: list[Turn], budget: float) -> list[Turn]:
-        """Natural text before some turns when all of them are shorter than `budget` tokens."""
+        """Natural text before some turns, never the first, when all of them are shorter than `budget` tokens."""
         spare = (
             budget - len(self.encode("\n".join(f"{turn.question} {turn.answer}" for turn in turns))) - 12 * len(turns)
         )
-        while spare > 40:
-            at, words = self.rng.randrange(len(turns)), self.words(min(int(spare), 60))
+        while spare > 40 and len(turns) > 1:
+            at, words = self.rng.randrange(1, len(turns)), self.words(min(int(spare), 60))
             text = " ".join([turns[at].preamble, *words]).strip()
             turns[at] = replace(turns[at], preamble=text)
             spare -= 60

@@ -33,6 +33,7 @@ _RULES_VERSION = 1  # part of the cache key: raise it when a rule or word list b
 
 # The categories that ASCII punctuation spans: all of P*, and with it + = < (Sm), $ (Sc), ^ ` (Sk). The remaining one,
 # So (emoji, ©, №, box drawing), is left out: such tokens carry meaning, not structure, and would use up the budget.
+# U+FFFD, which decoders write for a part of a character, is So too.
 _PUNCTUATION_CATEGORIES = frozenset({"Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sm", "Sc", "Sk"})
 
 _ENGLISH = """
@@ -109,7 +110,7 @@ def classify_text(text: str, extra_punctuation: Collection[str] = "") -> TokenCl
     stopword when it is in `STOPWORDS` in any case. A token with an incomplete UTF-8 sequence (U+FFFD) or without any
     text is content.
     """
-    if "\ufffd" in text or not text:
+    if not text:
         return TokenClass.CONTENT
     # An extra character may itself be a space, such as a newline.
     if (marks := [c for c in text if c in extra_punctuation or not c.isspace()]) and all(
@@ -154,8 +155,7 @@ def _decode_each(tokenizer: PreTrainedTokenizerBase, vocab: dict[str, int], ids:
     Decoders treat the first token apart (SentencePiece drops its space, WordPiece keeps its ``##``), so each id is
     decoded behind a word that is then cut off.
     """
-    ordinary = set(ids)
-    words = (i for t, i in vocab.items() if i in ordinary and (w := t.lstrip("▁")).isascii() and w.isalpha())
+    words = (i for token, i in vocab.items() if (word := token.lstrip("▁")).isascii() and word.isalpha())
     lead = sorted(words)[:1]
     batch = [lead, *([*lead, i] for i in ids)]
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparsekv.errors import UserError
@@ -54,17 +54,21 @@ class EITTrainer(Trainer):
         teacher: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
-        args.remove_unused_columns = False
-        super().__init__(model, args, processing_class=tokenizer, **kwargs)
-        self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the whole step, here and only here
-        self.config = config
         self.base = base_of(model)
+        _require_plain_head(self.base)
+        args.remove_unused_columns = False
+        kwargs.setdefault("data_collator", default_data_collator)  # rows are packed: nothing to pad
+        super().__init__(model, args, processing_class=tokenizer, **kwargs)
+        # The loss is divided by the tokens of the whole optimizer step in `compute_loss` and nowhere else; transformers
+        # and accelerate would each divide it by the number of micro-batches once more.
+        self.model_accepts_loss_kwargs = True
+        self.accelerator.gradient_accumulation_steps = 1
+        self.config = config
         self.teacher = teacher
         self._needs_teacher = bool(config.lambda_kl or config.lambda_context)
         if self._needs_teacher and teacher is None and not hasattr(model, "disable_adapter"):
             raise ValueError("training every parameter with a KL term needs `teacher`, a frozen copy of the base")
-        _require_plain_head(self.base)
-        self.selector = AnchorSelector(config.anchors, tokenizer, self.base.config)
+        self.selector = AnchorSelector(config.anchors, tokenizer, self.base.config, self.base.generation_config)
         self.schedule = config.make_schedule(total_steps=1)  # remade when the number of steps is known
         self.sampler = config.make_sampler()
         self._staging: str | None = None

@@ -67,16 +67,17 @@ class ForwardEviction:
         self._layer_inputs: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
 
     def stash(self, module: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> None:
-        """Remember a layer's input until its attention has scored it."""
+        """Remember a layer's input until its attention has scored it; a layer that comes again is recomputed."""
         layer = layer_of(module)
-        if layer not in self.keeps and not slides(module, hidden_states.shape[1]):
+        if layer in self.keeps:
+            self.recomputed = True
+        elif not slides(module, hidden_states.shape[1]):
             self._layer_inputs[layer] = (hidden_states, position_embeddings)
 
     def decide(self, module: nn.Module, key: Tensor, value: Tensor) -> list[Tensor]:
         """The layer's `keep` at each cut: Bool[B, G, cut], from [B, G, L, D] keys and values."""
         layer = layer_of(module)
         if layer in self.keeps:
-            self.recomputed = True
             return self.keeps[layer]
         cuts = self.plan.cuts or (key.shape[2],)
         hidden_states, (cos, sin) = self._layer_inputs.pop(layer)
@@ -120,7 +121,7 @@ class ForwardEviction:
         """Attention of one layer under the plan: [B, H, L, D], by the fast path where it applies."""
         keeps = self.decide(module, key, value)
         counts = [count for count in self.counts[layer_of(module)] if count is not None]
-        if self.plan.geometry == "two_region" and self.real is None and len(counts) == len(keeps):
+        if self.plan.geometry == "two_region" and attention_mask is None and len(counts) == len(keeps):
             return two_region_attention(query, key, value, keeps, self.plan.cuts, counts, scaling, dropout)
         mask = combine_masks(self.mask(module, key, value), attention_mask)
         return dense_attention(query, key, value, mask, scaling, dropout)
@@ -138,9 +139,9 @@ class ForwardEviction:
 
 def row_seeds(input_ids: Tensor, real: Tensor | None, seed: int) -> list[int]:
     """One int a row from its tokens and the plan's seed: a row's draws do not depend on the batch it is in."""
-    tokens = input_ids if real is None else input_ids.masked_fill(~real, 0)
-    weights = torch.arange(1, tokens.shape[1] + 1, device=tokens.device) * 2_654_435_761
-    sums = (tokens * weights % 2_147_483_647).sum(-1)
+    real = torch.ones_like(input_ids, dtype=torch.bool) if real is None else real.to(input_ids.device)
+    weights = real.cumsum(-1) * 2_654_435_761  # positions among real tokens: padding on either side changes nothing
+    sums = (input_ids * real * weights % 2_147_483_647).sum(-1)
     return [(int(total) * 1_000_003 + seed) % 2**48 for total in sums]
 
 
@@ -185,7 +186,8 @@ class KVDropoutContext:
 
     def __exit__(self, exception_type: type | None, *_: object) -> None:
         self._stack.close()
-        awaited = self._awaits_recomputation and self.last is not None and not self.last.recomputed
+        last = self.last  # decides nothing where a context inside this one did
+        awaited = self._awaits_recomputation and last is not None and last.keeps and not last.recomputed
         if awaited and exception_type is None:
             warnings.warn(
                 "the eviction context closed before backward: gradient checkpointing will now recompute its layers "
@@ -195,6 +197,8 @@ class KVDropoutContext:
 
     def _enter(self, stack: contextlib.ExitStack, decoder: nn.Module) -> None:
         register()
+        stack.callback(setattr, F, "scaled_dot_product_attention", F.scaled_dot_product_attention)
+        F.scaled_dot_product_attention = unpatched_sdpa  # the patch of an outer SDPAKVDropout rests
         stack.callback(self.base.set_attn_implementation, self.base.config._attn_implementation)
         self.base.set_attn_implementation(IMPLEMENTATION)
         handle = decoder.register_forward_pre_hook(self._begin, with_kwargs=True)

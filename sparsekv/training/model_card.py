@@ -81,9 +81,14 @@ def model_card(record: dict[str, Any], log_history: list[dict[str, float]]) -> s
         full_after=f"{after['eval_full_ppl']:.3f}",
         evicted_after=f"{after['eval_evicted_ppl']:.3f}",
         steps=record["steps"],
-        data=config["data"],
+        data=describe_data(config["data"]),
         samples=config["num_validation_samples"],
         length=config["max_seq_len"],
         seed=config["seed"],
         seconds=record["seconds"],
     )
+
+
+def describe_data(data: str | dict[str, float]) -> str:
+    """`pydoc 0.5, recall 0.5`."""
+    return data if isinstance(data, str) else ", ".join(f"{name} {weight:g}" for name, weight in data.items())

@@ -14,6 +14,7 @@ from sparsekv.files import write_json, write_text
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import SCHEDULER_STATE, STAGING, EITTrainer
 from sparsekv.training.model_card import model_card
+from sparsekv.version import VERSION
 
 RUN_CONFIG = "eit_config.json"
 FINAL = "final"
@@ -63,8 +64,8 @@ def prepare_output_dir(out: Path, record: dict[str, Any]) -> None:
 
 def run_record(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
     """What is needed to run this again: options, versions, commit, data."""
-    packages = ("sparsekv", "torch", "transformers", "peft", "kvpress", "accelerate", "datasets")
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    packages = ("torch", "transformers", "peft", "kvpress", "accelerate", "datasets")
+    versions = {"sparsekv": VERSION} | {name: importlib.metadata.version(name) for name in packages}
     return {"config": asdict(config), "versions": versions, "commit": commit(), "data_fingerprint": fingerprint}
 
 

@@ -154,9 +154,10 @@ def row_generators(row_seeds: Sequence[int], layer: int, device: torch.device) -
 
 
 def shortest_context(press: ScorerPress) -> int:
-    """Tokens that a context must exceed for this press to score it (its observation window or its sinks)."""
+    """Tokens that a context must exceed for this press to score it (its observation window or protected ends)."""
     inner = getattr(press, "press", press)
-    return max(getattr(inner, "window_size", 0), getattr(inner, "n_sink", 0), int(isinstance(inner, TOVAPress)))
+    ends = getattr(inner, "sink_size_start", 0) + getattr(inner, "sink_size_end", 0)
+    return max(getattr(inner, "window_size", 0), getattr(inner, "n_sink", 0), ends, int(isinstance(inner, TOVAPress)))
 
 
 @dataclass

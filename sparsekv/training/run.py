@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, default_data_collator, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from sparsekv.data import build_datasets, parse_sources
 from sparsekv.errors import UserError
@@ -50,8 +50,8 @@ def train(config: TrainConfig) -> Path | None:
     )
     set_seed(config.seed)  # the adapter's initialisation does not depend on how the data was read
     model, teacher = _student_and_teacher(base, config)
-    trainer = _make_trainer(model, teacher, tokenizer, config, args, rows)
     record = run_record(config, fingerprint)
+    trainer = _make_trainer(model, teacher, tokenizer, config, args, rows)
     if args.should_save:
         prepare_output_dir(out, record)
     args.distributed_state.wait_for_everyone()
@@ -116,7 +116,6 @@ def _make_trainer(
         teacher=teacher,
         train_dataset=rows[0],
         eval_dataset=rows[1],
-        data_collator=default_data_collator,
     )
     steps_an_epoch = math.ceil(len(rows[0]) / (config.batch_size * config.grad_accum * args.world_size))
     trainer.set_total_steps(
@@ -154,6 +153,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         eval_on_start=True,
         metric_for_best_model="eval_evicted_ppl",
         greater_is_better=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to=config.report_to or "none",
         seed=config.seed,
         data_seed=config.seed,

@@ -23,7 +23,7 @@ def cache_folder(tmp_path, monkeypatch):
     return tmp_path / "cache" / "tokens"
 
 
-def byte_level(with_decoder=True):
+def byte_level(with_decoder=True, added="!?!?"):
     """Byte-level BPE that merges the multi-byte punctuation and a few words, with special and added tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -33,7 +33,7 @@ def byte_level(with_decoder=True):
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<eos>"])
     text = [f"{c} x{c} " for c in MULTIBYTE_PUNCTUATION] + ["the the The cat cat 12 12 \n\n \n\n , ,"]
     backend.train_from_iterator(text * 20, trainer)
-    backend.add_tokens([AddedToken("<think>", special=False), AddedToken("!?!?", special=False)])
+    backend.add_tokens([AddedToken("<think>", special=False), AddedToken(added, special=False)])
     backend.add_special_tokens([AddedToken("<turn>", special=True)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 
@@ -204,6 +204,7 @@ def test_special_ids_of_the_configurations():
     assert classes[20:25].tolist() == [TokenClass.SPECIAL] * 5
     assert (plain[20:25] != TokenClass.SPECIAL).all()
     assert torch.equal(classes[25 : len(plain)], plain[25:])
+    assert (classes[len(plain) :] == TokenClass.CONTENT).all()
 
 
 def test_the_table_covers_the_models_vocabulary_and_padded_rows_are_content():
@@ -232,11 +233,11 @@ def test_an_equal_tokenizer_is_read_from_the_cache(monkeypatch, cache_folder):
     assert torch.equal(classify_vocabulary(byte_level()), first)
 
 
-@pytest.mark.parametrize("change", ["decoder", "token", "special flag", "config", "extra"])
+@pytest.mark.parametrize("change", ["decoder", "token", "more tokens", "special flag", "config", "extra"])
 def test_the_cache_tells_apart_all_that_decides_the_classes(change, cache_folder):
     classify_vocabulary(byte_level())
-    tokenizer, kwargs = byte_level(with_decoder=change != "decoder"), {}
-    if change == "token":
+    tokenizer, kwargs = byte_level(change != "decoder", added="cats" if change == "token" else "!?!?"), {}
+    if change == "more tokens":
         tokenizer.add_tokens(["<more>"])
     elif change == "special flag":
         tokenizer.add_tokens([AddedToken("<think>", special=True)], special_tokens=True)

@@ -1,0 +1,182 @@
+"""`sparsekv demo`: the whole idea on a small real model, on any machine, in minutes.
+
+Trains a control and an eviction-invariant adapter on the same data, then scores base, control and trained with the full
+cache and with caches that presses have evicted.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import disable_progress_bars
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from scipy.stats import binomtest, bootstrap
+
+from sparsekv.data import build_datasets
+from sparsekv.evaluation.evicted import NO_PRESS, Sample, Score, evaluate_cells
+from sparsekv.evaluation.needle import needle_samples, text_samples
+from sparsekv.files import write_json, write_text
+from sparsekv.models import load_model, load_tokenizer
+from sparsekv.training.config import TrainConfig
+from sparsekv.training.output import FINAL, commit
+from sparsekv.training.run import train
+
+PRESSES = ("snapkv", "streaming_llm", "knorm", "keydiff")
+RATIOS = (0.3, 0.7)
+CELLS = [(NO_PRESS, 0.0), *((press, ratio) for press in PRESSES for ratio in RATIOS)]
+SUFFIX = 128  # tokens predicted after the cut in the text task
+TRAINING_ROW = 384
+
+
+@dataclass
+class DemoConfig:
+    """Options of the demo.
+
+    Parameters
+    ----------
+    model
+        Hub name, local folder, or smollm2-135m.
+    output_dir
+        Folder of the two runs and the results; a second call continues what is there.
+    max_steps
+        Optimizer steps of each of the two runs.
+    batch_size
+        Rows a step, of 384 tokens.
+    num_samples
+        Samples a task and cell.
+    context_length
+        Tokens before the cut in the evaluation.
+    seed
+        Of data, training and evaluation.
+    """
+
+    model: str = "smollm2-135m"
+    output_dir: str = "out/demo"
+    max_steps: int = 40
+    batch_size: int = 4
+    num_samples: int = 30
+    context_length: int = 512
+    seed: int = 0
+
+
+def demo(config: DemoConfig) -> None:
+    """Train, evaluate, print the table and write `results.md` and `results.json` into the output folder."""
+    disable_progress_bars()
+    console = Console()
+    out = Path(config.output_dir)
+    adapters: dict[str, str | None] = {"base": None}
+    for name in ("control", "trained"):
+        folder = out / name
+        if not (folder / FINAL).exists():
+            console.rule(f"training: {name} ({config.max_steps} steps of {config.batch_size} × {TRAINING_ROW} tokens)")
+            if train(training_config(config, folder, control=name == "control")) is None:
+                console.print("stopped; the same command continues")
+                return
+        adapters[name] = str(folder / FINAL)
+    samples = evaluation_samples(config)
+    console.rule(f"evaluating: {len(adapters)} models × {len(CELLS)} cells × {len(samples)} samples")
+    with Progress(console=console) as progress:
+        task = progress.add_task("samples", total=len(adapters) * len(samples))
+        scores = {
+            name: score_model(config, adapter, samples, lambda: progress.advance(task))
+            for name, adapter in adapters.items()
+        }
+    write_results(config, scores, out, console)
+
+
+def training_config(config: DemoConfig, folder: Path, control: bool) -> TrainConfig:
+    """The run of the control or the trained adapter: they differ in nothing but `control`."""
+    return TrainConfig(
+        model=config.model,
+        output_dir=str(folder),
+        resume=True,
+        control=control,
+        data={"pydoc": 0.5, "recall": 0.5},
+        max_seq_len=TRAINING_ROW,
+        num_train_samples=config.max_steps * config.batch_size,
+        num_validation_samples=8,
+        max_steps=config.max_steps,
+        batch_size=config.batch_size,
+        grad_accum=1,
+        lr=5e-4,
+        dtype="float32",
+        eval_steps=0,
+        logging_steps=5,
+        seed=config.seed,
+    )
+
+
+def evaluation_samples(config: DemoConfig) -> list[Sample]:
+    """Both tasks, on text from documents that training did not see."""
+    tokenizer = load_tokenizer(config.model)
+    length = config.context_length + SUFFIX
+    rows = build_datasets("pydoc", tokenizer, length, 1, config.num_samples, config.seed)[1]["input_ids"]
+    needles = needle_samples(tokenizer, rows, config.context_length, config.num_samples, config.seed)
+    return [*needles, *text_samples(rows, config.context_length, config.num_samples)]
+
+
+def score_model(
+    config: DemoConfig, adapter: str | None, samples: Sequence[Sample], progress: Callable[[], None]
+) -> list[Score]:
+    """Scores of every sample in every cell, for the base or an adapter merged into it."""
+    model: Any = load_model(config.model, "float32")
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return list(evaluate_cells(model.eval(), samples, CELLS, progress))
+
+
+def write_results(config: DemoConfig, scores: dict[str, list[Score]], out: Path, console: Console) -> None:
+    """Print both tables; write them as Markdown, and every score as JSON."""
+    note = (
+        f"{config.model}, float32; trained {config.max_steps} steps of {config.batch_size} × {TRAINING_ROW} tokens; "
+        f"context {config.context_length} tokens of held-out Python documentation, prefilled with full attention, then "
+        f"evicted; n = {config.num_samples} a cell; seed {config.seed}; [95% interval over samples]; "
+        f"commit {commit() or 'unknown'}."
+    )
+    text = [f"# SparseKV demo\n\n{note}\n"]
+    for task, title, figure in (
+        ("needle", "Needle: number found after eviction, % (higher is better)", found_share),
+        ("text", "Text: perplexity of what follows (lower is better)", perplexity),
+    ):
+        header = ["cell", *scores]
+        body = [[cell_name(*cell), *(figure(select(s, task, *cell)) for s in scores.values())] for cell in CELLS]
+        table = Table(*header, title=title)
+        for row in body:
+            table.add_row(*row)
+        console.print(table)
+        lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *body]]
+        text.append(f"## {title}\n\n" + "\n".join(lines) + "\n")
+    console.print(note, highlight=False)
+    write_text(out / "results.md", "\n".join(text))
+    write_json(out / "results.json", {name: [vars(score) for score in group] for name, group in scores.items()})
+    console.print(f"written: {out / 'results.md'}")
+
+
+def select(scores: Sequence[Score], task: str, press: str, ratio: float) -> list[Score]:
+    """One cell's scores on one task."""
+    return [s for s in scores if (s.task, s.press, s.compression_ratio) == (task, press, ratio)]
+
+
+def cell_name(press: str, ratio: float) -> str:
+    """`snapkv, 30% evicted`."""
+    return "full cache" if press == NO_PRESS else f"{press}, {ratio:.0%} evicted"
+
+
+def found_share(scores: Sequence[Score]) -> str:
+    """Share of exact answers in percent, with the Wilson interval."""
+    found = sum(score.exact for score in scores)
+    interval = binomtest(found, len(scores)).proportion_ci(method="wilson")
+    return f"{found / len(scores):.0%} [{interval.low:.0%}, {interval.high:.0%}]"
+
+
+def perplexity(scores: Sequence[Score]) -> str:
+    """exp(mean nats a token), with a bootstrap interval over samples."""
+    nll = np.array([score.nll for score in scores])
+    interval = bootstrap((nll,), np.mean, rng=0, method="percentile").confidence_interval
+    return f"{math.exp(nll.mean()):.2f} [{math.exp(interval.low):.2f}, {math.exp(interval.high):.2f}]"

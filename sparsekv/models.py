@@ -1,0 +1,240 @@
+"""Loading base models, adapters and tokenizers, and merging an adapter into its base.
+
+Whatever cannot be loaded ends in one line that names the flag; weights are read from safetensors only.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from sparsekv.demo_model import DEMO_MODEL, demo_model_folder
+from sparsekv.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's ways to spread a model
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def resolve_model(name: str) -> str:
+    """Local folder or Hub id that `name` stands for.
+
+    Parameters
+    ----------
+    name : str
+        ``smollm2-135m`` (the demo model, fetched on first use), a local folder, or a Hub id.
+
+    Raises
+    ------
+    UserError
+        A folder without a model, or neither a folder nor a possible Hub id. Whether the id exists shows at loading.
+    """
+    if name == DEMO_MODEL:
+        return str(demo_model_folder())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return str(folder)
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(f"--model {name}: this folder holds an adapter; pass the base model it was trained from")
+        raise UserError(f"--model {name}: this folder holds no model (no config.json)")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--model {name}: no such folder, and not a Hub id; pass one or {DEMO_MODEL}") from error
+    return name
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Tokenizer of the model that `name` stands for (see `resolve_model`)."""
+    source = resolve_model(name)
+    # Without tokenizer files transformers makes up an empty tokenizer.
+    if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):
+        raise UserError(f"--model {name}: this folder holds no tokenizer (no tokenizer.json)")
+    return _load(AutoTokenizer, name, source, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    name: str, dtype: str = "auto", device_map: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Causal LM that `name` stands for (see `resolve_model`), in eval mode.
+
+    Parameters
+    ----------
+    dtype : {"auto", "float32", "bfloat16", "float16"}
+        ``auto`` keeps the one the checkpoint was saved in.
+    device_map : str, optional
+        A device (``cpu``, ``cuda``, ``cuda:1``) or one of accelerate's placements (``auto``, ``balanced``, …);
+        ``None`` loads to the CPU.
+
+    Raises
+    ------
+    UserError
+        Names ``--model``, ``--dtype``, ``--device_map`` or ``--trust_remote_code`` and what is wrong with it.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: choose auto, {', '.join(DTYPES)}")
+    _check_device_map(device_map)
+    source = resolve_model(name)
+    model, report = _load(
+        AutoModelForCausalLM,
+        name,
+        source,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below, in one line
+    )
+    unfit = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+    if unfit:  # transformers fills these with random numbers
+        raise UserError(f"--model {name}: {len(unfit)} weights are missing or of another shape, e.g. {unfit[0]}")
+    model.name_or_path = source  # adapters name their base by it; a cached snapshot's folder would not do
+    return model
+
+
+def attach_lora(
+    model: PreTrainedModel, r: int, alpha: float, target_modules: Sequence[str], dropout: float = 0.0
+) -> PeftModel:
+    """Wrap `model` with a fresh LoRA adapter on the linear layers named in `target_modules` (e.g. ``q_proj``).
+
+    Raises
+    ------
+    UserError
+        `r` below 1, or a target that matches no linear layer; the message lists those that exist.
+    """
+    if r < 1:
+        raise UserError(f"--lora_r {r}: must be at least 1")
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    unknown = [t for t in target_modules if not any(f".{name}".endswith(f".{t}") for name in linear)]
+    if unknown or not target_modules:
+        exist = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+        raise UserError(f"--lora_targets {' '.join(unknown)}: no such layer in this model; it has {exist}")
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # only ever divided by r
+        target_modules=list(target_modules),
+        lora_dropout=dropout,
+    )
+    return get_peft_model(model, config)
+
+
+def load_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
+    """Wrap `model` with the trained adapter in folder `adapter`.
+
+    Raises
+    ------
+    UserError
+        No adapter there, or one that was trained on another base: every weight must find its place.
+    """
+    for file in ("adapter_config.json", ADAPTER_WEIGHTS):
+        if not (Path(adapter) / file).is_file():
+            raise UserError(f"--adapter {adapter}: this folder holds no adapter (no {file})")
+    try:
+        with safe_open(Path(adapter) / ADAPTER_WEIGHTS, "pt") as file:
+            saved = set(file.keys())
+        wrapped = PeftModel.from_pretrained(model, str(adapter))
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        raise UserError(f"--adapter {adapter}: does not fit {model.name_or_path}: {_gist(error)}") from error
+    if stray := saved ^ set(get_peft_model_state_dict(wrapped)):  # peft itself ignores both kinds
+        raise UserError(f"--adapter {adapter}: does not fit {model.name_or_path}: only one of them has {min(stray)}")
+    return wrapped
+
+
+def merge_adapter(model_name: str, adapter: str | Path, output_dir: str | Path) -> None:
+    """Write base + adapter as one plain model with its tokenizer to `output_dir`, in the base's dtype.
+
+    The folder is written beside its place and moved there whole. Logits equal those of the adapted model up to the
+    rounding of the merged weights to that dtype.
+
+    Raises
+    ------
+    UserError
+        The adapter does not fit, or `output_dir` holds something or cannot be written.
+    """
+    output = Path(output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output_dir {output}: exists already; name a new folder")
+    merged = load_adapter(load_model(model_name), adapter).merge_and_unload()
+    tokenizer = load_tokenizer(model_name)
+    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        merged.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        os.replace(partial, output)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--output_dir {output}: cannot write the merged model: {_gist(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _load(auto_class: Any, name: str, source: str, **options: Any) -> Any:
+    """`auto_class.from_pretrained(source)`; whatever it says about the model becomes one line naming `--model`."""
+    try:
+        return auto_class.from_pretrained(_local_if_offline(source), **options)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"--model {name}: runs Python code of its own; read it, then pass --trust_remote_code true"
+            ) from error
+        raise UserError(f"--model {name}: {_gist(error)}") from error
+
+
+def _local_if_offline(source: str) -> str:
+    """`source`, or its cached copy when the Hub cannot be reached: one request, where transformers retries a minute."""
+    if Path(source).is_dir():
+        return source
+    try:
+        HfApi().model_info(source, timeout=10)
+        return source
+    except RepositoryNotFoundError as error:
+        raise UserError(f"--model {source}: no such model on the Hub (or none you may see)") from error
+    except (httpx.HTTPError, OfflineModeIsEnabled, HfHubHTTPError):
+        pass
+    try:
+        return snapshot_download(source, local_files_only=True)
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"--model {source}: the Hub cannot be reached and nothing is cached; pass a local folder or {DEMO_MODEL}"
+        ) from error
+
+
+def _check_device_map(device_map: str | None) -> None:
+    """Raise UserError unless `device_map` is a placement or a device that exists here."""
+    if device_map is None or device_map in PLACEMENTS:
+        return
+    try:
+        device = torch.device(device_map)
+    except RuntimeError as error:
+        raise UserError(f"--device_map {device_map}: choose cpu, cuda, cuda:N, {', '.join(PLACEMENTS)}") from error
+    accelerator = torch.accelerator.current_accelerator() or torch.device("cpu")
+    present = torch.accelerator.device_count() if device.type == accelerator.type else 0
+    if device.type != "cpu" and (device.index or 0) >= present:
+        raise UserError(f"--device_map {device_map}: this machine has {present} such devices; use cpu or auto")
+
+
+def _gist(error: Exception) -> str:
+    """First line of the message that is no heading, without its final period, 200 characters at most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if not line.endswith(":")), type(error).__name__).rstrip(".")[:200]

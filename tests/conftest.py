@@ -1,0 +1,43 @@
+"""Fixtures of all tests. Nothing here or in the tests asks the model hub for anything."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_tiny, make_tiny_tokenizer  # pytest puts the folder of a conftest.py on the path
+from transformers.utils.logging import disable_progress_bar
+
+torch.set_num_threads(2)
+disable_progress_bar()
+
+
+@pytest.fixture
+def tiny_llama():
+    """Factory of a tiny Llama; keyword arguments change its config."""
+    return partial(make_tiny, "llama")
+
+
+@pytest.fixture
+def tiny_qwen3():
+    """Factory of a tiny Qwen3; keyword arguments change its config."""
+    return partial(make_tiny, "qwen3")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """Tokenizer that fits the tiny models."""
+    return make_tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """Folder of the real SmolLM2-135M; for slow tests only."""
+    from sparsekv.demo_model import demo_model_folder
+
+    return demo_model_folder()

@@ -1,0 +1,210 @@
+"""Rules: kvpress's own budgets, row by row under padding, and draws that depend on row and layer alone."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kvpress.utils import compute_n_kept
+from tiny import make_tiny
+from transformers import DynamicCache
+
+from sparsekv.errors import UserError
+from sparsekv.presses import PRESSES, make_press
+from sparsekv.training.anchor import AnchorConfig, AnchorSelector
+from sparsekv.training.kv_dropout import row_seeds
+from sparsekv.training.rules import (
+    STATIC_RULES,
+    AnchorRandomRule,
+    AnchorRule,
+    LayerContext,
+    SeededRandomPress,
+    check_rules,
+    make_rule,
+)
+
+RULES = sorted({*PRESSES, "anchor", "anchor_random", "random"})
+LENGTHS = [*range(1, 18), 63, 64, 65, 66, 300]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_tiny("llama").eval()
+
+
+@pytest.fixture(scope="module")
+def selector_with(tiny_tokenizer):
+    """A selector of special tokens and, as the keywords say, sinks and recent tokens."""
+    return lambda **config: AnchorSelector(AnchorConfig(use_punctuation=False, **config), tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def selector(selector_with):
+    return selector_with(recent_size=2, sink_size=1)  # few anchors: budgets are met exactly
+
+
+@pytest.fixture(scope="module")
+def no_anchors(selector_with):
+    return selector_with(recent_size=0, sink_size=0)  # among tokens that are not special
+
+
+@pytest.fixture(scope="module")
+def contexts(model):
+    """(layer, real: Bool[B, C]) → a LayerContext of random hidden states, keys and values."""
+
+    def make(layer, real):
+        module, config = model.model.layers[layer].self_attn, model.config
+        module.rotary_emb = model.model.rotary_emb
+        batch, length = real.shape
+        generator = torch.Generator().manual_seed(length)
+        hidden = torch.randn(batch, length, config.hidden_size, generator=generator)
+        shape = (batch, config.num_key_value_heads, length, module.head_dim)
+        keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
+        ids = torch.randint(50, 256, (batch, length), generator=generator)
+        rotary = model.model.rotary_emb(hidden, torch.arange(length)[None])
+        padding = None if real.all() else real
+        return LayerContext(module, hidden, keys, values, rotary, ids, padding, row_seeds(ids, padding, 0))
+
+    return make
+
+
+@torch.no_grad()
+def kept(name, ratio, selector, context):
+    return make_rule(name, ratio, selector).keep(context)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.7, 0.95])
+@pytest.mark.parametrize("name", PRESSES)
+def test_as_many_are_kept_in_every_layer_as_kvpress_keeps(name, ratio, model, selector, contexts):
+    length = 130
+    ids = torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(0))
+    cache = DynamicCache()
+    with torch.no_grad(), make_press(name, 1 - ratio)(model):
+        model.model(ids, past_key_values=cache)
+    for layer in range(model.config.num_hidden_layers):
+        keep, count = kept(name, ratio, selector, contexts(layer, torch.ones(2, length, dtype=torch.bool)))
+        assert keep.shape == (2, model.config.num_key_value_heads, length)
+        assert keep.dtype == torch.bool
+        assert (keep.sum(-1) == count).all()
+        assert count == cache.layers[layer].keys.shape[2] < length
+
+
+def test_pyramidkv_keeps_less_in_deeper_layers(selector, contexts):
+    real = torch.ones(1, 300, dtype=torch.bool)
+    first, second = (kept("pyramidkv", 0.6, selector, contexts(layer, real))[1] for layer in (0, 1))
+    assert first > second
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    length=st.integers(1, 200), ratio=st.floats(0.01, 1.0), name=st.sampled_from(["anchor", "anchor_random", "random"])
+)
+def test_own_rules_keep_kvpress_budget(length, ratio, name, no_anchors, contexts):
+    keep, count = kept(name, ratio, no_anchors, contexts(0, torch.ones(2, length, dtype=torch.bool)))
+    assert (keep.sum(-1) == count).all()
+    assert count == compute_n_kept(length, 1 - ratio)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_contexts_too_short_for_a_press_are_kept_whole(name, model, selector, contexts):
+    """kvpress refuses or breaks on them; training must not stop at a short row."""
+    for length in LENGTHS:
+        keep, _ = kept(name, 0.3, selector, contexts(0, torch.ones(1, length, dtype=torch.bool)))
+        whole_at_kvpress = compute_n_kept(length, 0.7) == length or name not in PRESSES
+        if keep.all() and not whole_at_kvpress and name != "lagkv":  # which evicts even from its four sinks
+            with pytest.raises((AssertionError, RuntimeError)), torch.no_grad(), make_press(name, 0.7)(model):
+                model.model(torch.ones(1, length, dtype=torch.long), past_key_values=DynamicCache())
+    assert not keep.all(), "the longest is not too short for any"
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_nothing_is_dropped_at_ratio_one(name, selector, contexts):
+    keep, _ = kept(name, 1.0, selector, contexts(1, torch.ones(2, 90, dtype=torch.bool)))
+    assert keep.all()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_padding_is_never_kept_and_the_budget_counts_real_tokens(name, selector, contexts):
+    real = torch.ones(4, 100, dtype=torch.bool)
+    real[0, :20], real[1, 80:], real[2] = False, False, False
+    keep, count = kept(name, 0.5, selector, contexts(1, real))
+    assert count is None
+    assert not keep[~real[:, None].expand_as(keep)].any()
+    whole = [kept(name, 0.5, selector, contexts(1, torch.ones(1, n, dtype=torch.bool)))[1] for n in (80, 100)]
+    assert keep.sum(-1).tolist() == [[whole[0]] * 2, [whole[0]] * 2, [0, 0], [whole[1]] * 2]
+
+
+def test_anchors_beyond_the_budget_are_all_kept_and_the_count_is_unknown_where_rows_differ(no_anchors, contexts):
+    context = contexts(0, torch.ones(2, 40, dtype=torch.bool))
+    context.input_ids[1, 5:35] = 0  # special: 30 anchors, where the budget is 10
+    keep, count = AnchorRandomRule(no_anchors, 0.25).keep(context)
+    assert count is None
+    assert keep.sum(-1).tolist() == [[10, 10], [30, 30]]
+    keep, count = AnchorRandomRule(no_anchors, 0.75).keep(context)
+    assert count == 30
+
+
+def test_random_scores_depend_on_row_and_layer_and_on_nothing_else(contexts):
+    both = contexts(0, torch.ones(2, 50, dtype=torch.bool))
+    deeper = contexts(1, torch.ones(2, 50, dtype=torch.bool))
+
+    def score(context, seeds):
+        rows = context.keys[: len(seeds)]
+        return SeededRandomPress(0.5, row_seeds=seeds).score(context.module, None, rows, None, None, {})
+
+    together = score(both, [11, 22])
+    torch.manual_seed(123)
+    assert torch.equal(score(both, [22])[0], together[1])
+    assert torch.equal(score(both, [11])[0], together[0])
+    assert not torch.equal(together[0], together[1])
+    assert not torch.equal(together[0, 0], together[0, 1])
+    assert not torch.equal(score(deeper, [11, 22]), together)
+    assert together.shape == (2, 2, 50)
+
+
+def test_row_seeds_depend_on_tokens_order_and_seed_but_not_on_padding():
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 8, 7]])
+    seeds = row_seeds(ids, None, 0)
+    assert seeds[0] != seeds[1]
+    assert row_seeds(ids, None, 1) != seeds
+    assert row_seeds(ids, torch.ones_like(ids).bool(), 0) == seeds
+    for left, right in ((3, 0), (0, 3), (1, 2)):
+        padded = torch.nn.functional.pad(ids, (left, right), value=9)
+        real = torch.nn.functional.pad(torch.ones_like(ids), (left, right)).bool()
+        assert row_seeds(padded, real, 0) == seeds
+
+
+def test_streaming_rules_have_no_recent_anchors_of_the_row(selector_with, contexts):
+    selector = selector_with(sink_size=3, recent_size=8)
+    context = contexts(0, torch.ones(2, 40, dtype=torch.bool))
+    rule = make_rule("anchor", 0.5, selector, "streaming")
+    assert isinstance(rule, AnchorRule)
+    keep, count = rule.keep(context)
+    assert count is None
+    assert keep.shape == (2, 2, 40)
+    assert keep[..., :3].all()
+    assert not keep[..., 3:].any()
+    sampled, _ = make_rule("anchor_random", 0.25, selector, "streaming").keep(context)
+    assert (sampled.sum(-1) == 10).all()
+    assert not sampled[..., -8:].all()
+
+
+def test_without_sinks_the_anchor_rule_protects_none(selector_with):
+    assert make_rule("anchor", 0.5, selector_with(sink_size=4)).press.sink_size == 4
+    assert make_rule("anchor", 0.5, selector_with(use_sink=False, sink_size=4)).press.sink_size == 0
+
+
+def test_unknown_rules_are_refused_by_name(selector):
+    with pytest.raises(UserError, match="unknown press 'snapvk'; did you mean snapkv"):
+        make_rule("snapvk", 0.5, selector)
+    with pytest.raises(UserError, match=r"--rules names 'snapvk'; known rules: .*snapkv") as error:
+        check_rules(["knorm", "snapvk"], "two_region")
+    assert "\n" not in str(error.value)
+    check_rules(RULES, "two_region")
+    check_rules(RULES, "global")
+
+
+def test_streaming_refuses_rules_that_look_ahead():
+    check_rules(STATIC_RULES, "streaming")
+    for name in set(RULES) - set(STATIC_RULES):
+        with pytest.raises(UserError, match=f"'{name}', which looks at later tokens.*takes anchor, anchor_random"):
+            check_rules([name], "streaming")
