@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import disable_progress_bars
 from peft import PeftModel
 from rich.console import Console
@@ -128,7 +129,8 @@ def score_model(
     model: Any = load_model(config.model, "float32")
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return list(evaluate_cells(model.eval(), samples, CELLS, progress))
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return list(evaluate_cells(model, samples, CELLS, progress))
 
 
 def write_results(config: DemoConfig, scores: dict[str, list[Score]], out: Path, console: Console) -> None:

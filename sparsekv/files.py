@@ -1,10 +1,16 @@
 """Files that are whole or absent."""
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from sparsekv.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -24,3 +30,19 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Inside, whatever cannot be written becomes one line: torch and safetensors have their own errors for a full disk.
+
+    Raises
+    ------
+    UserError
+        Names `--output_dir` and what the system said.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"--output_dir {folder}: cannot be written ({reason})") from error

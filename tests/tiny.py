@@ -1,6 +1,8 @@
 """Two-layer random models of every family, and a tokenizer that fits them: made in memory in milliseconds."""
 
 import itertools
+import json
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
@@ -19,6 +21,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from sparsekv.training.anchor import AnchorConfig
+from sparsekv.training.config import TrainConfig
 
 VOCAB_SIZE = 320
 SPECIALS = ["<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"]
@@ -83,3 +88,48 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def save_tiny(folder: Path, name: str = "llama", **changes) -> str:
+    """Save a tiny model and its tokenizer as a model folder; returns the folder's name."""
+    make_tiny(name, **changes).save_pretrained(folder)
+    make_tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def run_options(folder: Path) -> dict:
+    """Options of a training run of a second, on a tiny model and text that are saved to `folder`."""
+    documents = [text[:3000] for text in itertools.islice(topics.values(), 60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), "utf-8")
+    return {
+        "model": save_tiny(folder / "base"),
+        "data": str(folder / "text.jsonl"),
+        "max_seq_len": 48,
+        "num_train_samples": 16,
+        "num_validation_samples": 4,
+        "max_steps": 4,
+        "batch_size": 2,
+        "grad_accum": 2,
+        "lr": 0.01,
+        "lr_warmup_fraction": 0.0,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "save_steps": 2,
+        "eval_steps": 2,
+        "logging_steps": 1,
+        "device_map": "cpu",
+        "anchors": {"sink_size": 2, "recent_size": 4},
+    }
+
+
+def train_config(options: dict, output_dir: Path, **changes) -> TrainConfig:
+    """The options with changes, as `sparsekv.training.run.train` takes them."""
+    values = {**options, "output_dir": str(output_dir), **changes}
+    return TrainConfig(**{**values, "anchors": AnchorConfig(**values["anchors"])})
+
+
+def as_flags(options: dict) -> list[str]:
+    """The same options as arguments of `sparsekv train`."""
+    flat = {name: value for name, value in options.items() if name != "anchors"}
+    flat |= {f"anchors.{name}": value for name, value in options.get("anchors", {}).items()}
+    return [text for name, value in flat.items() for text in (f"--{name}", str(value))]

@@ -97,7 +97,8 @@ def evaluate_cells(
     for sample in samples:
         recorder = _Recorder()
         with recorder(model):
-            model.get_decoder()(input_ids=sample.context[None], past_key_values=DynamicCache(), use_cache=True)
+            context = sample.context[None].to(model.device)
+            model.get_decoder()(input_ids=context, past_key_values=DynamicCache(), use_cache=True)
         for name, ratio, press in presses:
             nll, exact = _score_suffix(model, sample, _evict(recorder, press))
             yield Score(sample.task, name, ratio, nll, exact)
@@ -114,8 +115,8 @@ def _evict(recorder: _Recorder, press: BasePress | None) -> DynamicCache:
 
 
 def _score_suffix(model: PreTrainedModel, sample: Sample, cache: DynamicCache) -> tuple[float, bool]:
-    positions = torch.arange(len(sample.context), len(sample.context) + len(sample.suffix))  # as if nothing was evicted
-    logits = model(input_ids=sample.suffix[None], past_key_values=cache, position_ids=positions[None]).logits[0]
-    predicted = logits[sample.answer_start - 1 : -1].float()
-    answer = sample.suffix[sample.answer_start :]
+    suffix, start = sample.suffix.to(model.device), len(sample.context)
+    positions = torch.arange(start, start + len(suffix), device=model.device)  # as if nothing was evicted
+    logits = model(input_ids=suffix[None], past_key_values=cache, position_ids=positions[None]).logits[0]
+    predicted, answer = logits[sample.answer_start - 1 : -1].float(), suffix[sample.answer_start :]
     return float(F.cross_entropy(predicted, answer)), bool((predicted.argmax(-1) == answer).all())

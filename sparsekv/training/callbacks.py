@@ -6,9 +6,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparsekv.files import write_text
+from sparsekv.files import write_text, writing
 from sparsekv.training.scheduler import KeepRatioScheduler
 
 METRICS = "metrics.jsonl"
@@ -25,7 +27,7 @@ class ScheduleCallback(TrainerCallback):
 
 
 class MetricsCallback(TrainerCallback):
-    """Appends every log line to `metrics.jsonl`; a resumed run first drops the lines after its checkpoint."""
+    """Appends every log line to `metrics.jsonl`; a run begins with the lines that its checkpoint remembers."""
 
     def __init__(self, output_dir: str) -> None:
         self.path = Path(output_dir) / METRICS
@@ -33,10 +35,9 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-            write_text(self.path, "".join(kept))
+        if state.is_world_process_zero:
+            with writing(self.path.parent):
+                write_text(self.path, "".join(map(_line, state.log_history)))
 
     def on_log(
         self,
@@ -47,20 +48,25 @@ class MetricsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and logs:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            with writing(self.path.parent), self.path.open("a", encoding="utf-8") as file:
+                file.write(_line({**logs, "step": state.global_step}))
+
+
+def _line(logs: dict[str, float]) -> str:
+    return json.dumps({"step": logs["step"], **logs}) + "\n"
 
 
 class StopCallback(TrainerCallback):
-    """On SIGTERM or SIGINT: finish the step, write a checkpoint, stop. `stopped_by` then holds the signal."""
+    """On SIGTERM or SIGINT: finish the step, write a checkpoint, stop. `stopped` is then true, in every process."""
 
     def __init__(self) -> None:
-        self.stopped_by: signal.Signals | None = None
+        self.stopped = False
+        self._signalled = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.stopped_by = signal.Signals(number)
-        signal.signal(number, self._previous[self.stopped_by])  # a second one acts at once
+        self._signalled = True
+        signal.signal(number, self._previous[signal.Signals(number)])  # a second one acts at once
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -69,7 +75,10 @@ class StopCallback(TrainerCallback):
             self._previous[number] = signal.signal(number, self._on_signal)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.stopped_by is not None:
+        # A signal reaches processes at different steps, or only one of them: they stop together.
+        signals = reduce(torch.tensor(float(self._signalled), device=args.device), reduction="sum")
+        self.stopped = bool(signals > 0) and state.global_step < state.max_steps
+        if self.stopped:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(

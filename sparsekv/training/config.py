@@ -72,8 +72,8 @@ class EITConfig:
 
     control: bool = False
     geometry: Geometry = "two_region"
-    num_cuts: int = 1
-    min_cut: float = 0.4
+    num_cuts: int = 4
+    min_cut: float = 0.3
     max_cut: float = 0.9
     rules: dict[str, float] = field(default_factory=default_rules)
     ratio_draw: RatioDraw = "uniform"
@@ -109,6 +109,7 @@ class EITConfig:
         if self.geometry == "streaming" and self.rules == default_rules():
             self.rules = {"anchor_random": 1.0}  # the default mixture looks at later tokens
         check_rules(list(self.rules), self.geometry)
+        _require(0 <= self.seed < 2**32, f"--seed {self.seed}: must be at least 0 and below 2**32")
         self.make_schedule(total_steps=1)  # validates its own options
 
     def make_schedule(self, total_steps: int) -> KeepRatioScheduler:
@@ -167,7 +168,7 @@ class TrainConfig(EITConfig):
     weight_decay
         Of AdamW.
     max_grad_norm
-        Gradient clipping.
+        Gradient clipping; 0: none.
     lora_r
         Rank of the adapter; 0 trains every parameter.
     lora_alpha
@@ -189,7 +190,7 @@ class TrainConfig(EITConfig):
     logging_steps
         Steps between log lines.
     report_to
-        none, tensorboard, wandb or trackio; a list of several.
+        List of tensorboard, wandb, trackio; empty: none.
     resume
         Continue the run in output_dir from its newest checkpoint.
     trust_remote_code
@@ -237,12 +238,16 @@ class TrainConfig(EITConfig):
             self.max_steps == -1 or self.max_steps >= 1, f"--max_steps {self.max_steps}: must be at least 1, or -1"
         )
         _require(self.num_train_epochs > 0, f"--num_train_epochs {self.num_train_epochs}: must be above 0")
-        for flag in ("lora_r", "eval_steps"):
+        for flag in ("lora_r", "eval_steps", "weight_decay", "max_grad_norm"):
             value = getattr(self, flag)
             _require(value >= 0, f"--{flag} {value}: must be at least 0")
         _require(self.logging_steps >= 1, f"--logging_steps {self.logging_steps}: must be at least 1")
-        _require(0 < self.lr < math.inf, f"--lr {self.lr}: must be above 0")
-        _require(0 <= self.lora_dropout < 1, f"--lora_dropout {self.lora_dropout}: must be at least 0 and below 1")
+        for flag in ("lr", "lora_alpha"):
+            value = getattr(self, flag)
+            _require(0 < value < math.inf, f"--{flag} {value}: must be above 0")
+        for flag in ("lora_dropout", "lr_warmup_fraction"):
+            value = getattr(self, flag)
+            _require(0 <= value < 1, f"--{flag} {value}: must be at least 0 and below 1")
         self.make_sampler().check(self.max_seq_len)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparsekv.errors import UserError
-from sparsekv.files import write_json
+from sparsekv.files import write_json, writing
 from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.config import EITConfig
 from sparsekv.training.kv_dropout import KVDropoutContext, base_of
@@ -72,6 +72,7 @@ class EITTrainer(Trainer):
         self.schedule = config.make_schedule(total_steps=1)  # remade when the number of steps is known
         self.sampler = config.make_sampler()
         self._staging: str | None = None
+        self._logged_step = 0
         self.meter = Meter(self.base, trains_all=not hasattr(model, "disable_adapter"))
 
     # ---- one step ----
@@ -113,7 +114,7 @@ class EITTrainer(Trainer):
                 context_mask=context.flatten(),
                 lambda_context=config.lambda_context,
             )
-            self.meter.add(sums, inputs, plan, self.eviction.last, self.selector)
+            self.meter.add(sums, counts, inputs, plan, self.eviction.last, self.selector)
             tokens, context_tokens = counts.to(sums.loss.device).clamp(min=1)
             return sums.loss / tokens + sums.context_loss / context_tokens
 
@@ -160,13 +161,23 @@ class EITTrainer(Trainer):
     def load_schedule(self, checkpoint: Path) -> None:
         """Continue the schedule from a checkpoint's state."""
         self.schedule.load_state_dict(json.loads((checkpoint / SCHEDULER_STATE).read_text(encoding="utf-8")))
+        self._logged_step = self.schedule.global_step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training figures since the last log line."""
+        if "train_runtime" in logs:
+            return  # transformers' totals, which are wrong for a resumed run
         if "loss" in logs:
-            logs |= self.meter.flush(self.accelerator)
+            logs |= self.meter.flush(self.accelerator, self.state.global_step - self._logged_step)
+            self._logged_step = self.state.global_step
             logs["schedule_keep_ratio"] = self.schedule.keep_ratio
         super().log(logs, start_time)
+
+    def evaluated(self) -> bool:
+        """Whether the model as it is now has been evaluated."""
+        return any(
+            "eval_full_ppl" in line and line["step"] == self.state.global_step for line in self.state.log_history
+        )
 
     @torch.no_grad()
     def evaluate(
@@ -186,8 +197,9 @@ class EITTrainer(Trainer):
         self.base.eval()
         loader = list(self.get_eval_dataloader(eval_dataset))
         metrics = {}
-        for name, ratio in ratios.items():
-            metrics[f"{metric_key_prefix}_{name}_ppl"] = math.exp(min(self._mean_nll(loader, ratio), 700))
+        with self.meter.paused():
+            for name, ratio in ratios.items():
+                metrics[f"{metric_key_prefix}_{name}_ppl"] = math.exp(min(self._mean_nll(loader, ratio), 700))
         self.base.train()
         if self.config.scheduler_mode == "adaptive":
             if self.schedule.needs_reference:
@@ -231,19 +243,22 @@ class EITTrainer(Trainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if (out / name).exists():  # a stop asked for just after a save: the step's state is already there
             return
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(out / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best == name or (out / best).exists():
+            self.state.best_model_checkpoint = str(out / best)
         self._staging = str(out / STAGING)
         try:
-            super()._save_checkpoint(model, trial)
+            with self.meter.paused(), writing(out):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    staged = out / STAGING / name
+                    write_json(staged / SCHEDULER_STATE, self.schedule.state_dict())
+                    os.replace(staged, out / name)
         finally:
             self._staging = None
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            staged = out / STAGING / name
-            write_json(staged / SCHEDULER_STATE, self.schedule.state_dict())
-            os.replace(staged, out / name)
-            shutil.rmtree(out / STAGING)
+            if self.args.should_save:
+                shutil.rmtree(out / STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
 

@@ -1,6 +1,8 @@
 """Figures of training between two log lines."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,49 +55,59 @@ class Meter:
     def add(
         self,
         sums: LossSums,
+        counts: Tensor,
         inputs: dict[str, Tensor],
         plan: EvictionPlan,
         eviction: ForwardEviction | None,
         selector: AnchorSelector,
     ) -> None:
-        """Count one micro-batch. `eviction` is None when nothing was evicted (control)."""
+        """Count one micro-batch.
+
+        `counts` is Long[2], the tokens that `sums.loss` and `sums.context_loss` are divided by; `eviction` is None when
+        nothing was evicted (control).
+        """
         input_ids, attention_mask = inputs["input_ids"], inputs.get("attention_mask")
         context = plan.cuts[-1] if plan.cuts else input_ids.shape[1]
         anchors = selector(input_ids[:, :context], None if attention_mask is None else attention_mask[:, :context])
         requested = 1.0 if eviction is None else sum(plan.keep_ratios) / len(plan.keep_ratios)
         actual = 1.0 if eviction is None else eviction.keep_ratio()
         ratios = anchors.new_tensor([requested, actual, 1.0], dtype=torch.float64)
-        parts = [sums.ce, sums.kl, sums.kl_context]
-        row = torch.cat(
-            [
-                torch.stack([part.detach().double().to(anchors.device) for part in parts]),
-                ratios.new_tensor([sums.tokens, sums.context_tokens]),
-                anchors.double().mean()[None],
-                ratios,
-            ]
-        )
+        parts = torch.stack([part.double().to(anchors.device) for part in (sums.ce, sums.kl, sums.kl_context)])
+        parts = parts / counts[[0, 0, 1]].to(anchors.device).clamp(min=1)
+        row = torch.cat([parts, anchors.double().mean()[None], ratios])
         self.sums = row if self.sums is None else self.sums + row
         self.tokens += input_ids.numel()
 
-    def flush(self, accelerator: Accelerator) -> dict[str, float]:
-        """The figures since the last call, over all processes."""
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside (an evaluation, a save) is not training time."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.started += time.perf_counter() - began
+
+    def flush(self, accelerator: Accelerator, steps: int) -> dict[str, float]:
+        """The figures since the last call, over all processes and `steps` optimizer steps.
+
+        `ce` and `kl` are means over steps of the mean over the step's tokens, so that loss = ce + λ·kl.
+        """
         if self.sums is None:
             return {}
         device = self.sums.device
         totals = torch.cat([self.sums.to(accelerator.device), torch.tensor([self.tokens], device=accelerator.device)])
         totals = accelerator.reduce(totals, reduction="sum").tolist()
-        ce, kl, kl_context, tokens, context_tokens, anchors, requested, actual, batches, seen = totals
+        ce, kl, kl_context, anchors, requested, actual, batches, seen = totals
         rate = seen / (time.perf_counter() - self.started)
         logs = {
-            "ce": ce / max(tokens, 1),
-            "kl": kl / max(tokens, 1),
+            "ce": ce / steps,
+            "kl": kl / steps,
+            "kl_context": kl_context / steps,
             "requested_keep_ratio": requested / batches,
             "actual_keep_ratio": actual / batches,
             "anchor_share": anchors / batches,
             "tokens_per_second": rate,
         }
-        if context_tokens:
-            logs["kl_context"] = kl_context / context_tokens
         if device.type == "cuda":
             logs["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
             name = torch.cuda.get_device_name(device)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekv.errors import UserError
-from sparsekv.files import write_json, write_text
+from sparsekv.files import write_json, write_text, writing
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import SCHEDULER_STATE, STAGING, EITTrainer
 from sparsekv.training.model_card import model_card
@@ -52,14 +52,20 @@ def _find_checkpoint(out: Path, config: TrainConfig) -> Path | None:
     return max(numbered)[1] if numbered else None
 
 
+def check_same_data(out: Path, fingerprint: str) -> None:
+    """Raise UserError when the run in `out` was trained on other rows: the files of `--data` have changed since."""
+    if (out / RUN_CONFIG).is_file():
+        before = json.loads((out / RUN_CONFIG).read_text(encoding="utf-8"))["data_fingerprint"]
+        if before != fingerprint:
+            raise UserError(f"--resume: {out} was trained on other data; what --data reads has changed since")
+
+
 def prepare_output_dir(out: Path, record: dict[str, Any]) -> None:
     """Make the folder, clear what a killed run left half-written, and record the run."""
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(out / STAGING, ignore_errors=True)
         write_json(out / RUN_CONFIG, record)
-    except OSError as error:
-        raise UserError(f"--output_dir {out}: cannot be written ({error.strerror})") from error
 
 
 def run_record(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
@@ -85,9 +91,15 @@ def commit() -> str | None:
 def save_final(trainer: EITTrainer, out: Path, record: dict[str, Any]) -> None:
     """Write `final/`: the adapter (or model), tokenizer, record, schedule and model card; whole or not at all."""
     staged = out / STAGING / FINAL
-    trainer.save_model(str(staged))
-    if not trainer.args.should_save:
-        return
+    if trainer.is_fsdp_enabled:  # its default leaves the model in shards, which nothing else can read
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    with writing(out):
+        trainer.save_model(str(staged))
+        if trainer.args.should_save:
+            _finish(trainer, staged, out, record)
+
+
+def _finish(trainer: EITTrainer, staged: Path, out: Path, record: dict[str, Any]) -> None:
     (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; eit_config.json says the same in plain text
     write_json(staged / RUN_CONFIG, record)
     write_json(staged / SCHEDULER_STATE, trainer.schedule.state_dict())

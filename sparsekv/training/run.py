@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from sparsekv.data import build_datasets, parse_sources
 from sparsekv.errors import UserError
@@ -16,7 +17,14 @@ from sparsekv.models import attach_lora, load_model, load_tokenizer
 from sparsekv.training.callbacks import MetricsCallback, ScheduleCallback, StopCallback
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import EITTrainer
-from sparsekv.training.output import FINAL, prepare_output_dir, run_record, save_final, usable_checkpoint
+from sparsekv.training.output import (
+    FINAL,
+    check_same_data,
+    prepare_output_dir,
+    run_record,
+    save_final,
+    usable_checkpoint,
+)
 
 
 def train(config: TrainConfig) -> Path | None:
@@ -36,6 +44,9 @@ def train(config: TrainConfig) -> Path | None:
     args = training_arguments(config)
     checkpoint = usable_checkpoint(out, config)
     args.distributed_state.wait_for_everyone()  # no process writes before every one has looked
+    if (out / FINAL).is_dir():
+        return out / FINAL  # resumed, and nothing is left to do
+    args.eval_on_start = checkpoint is None
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     base = load_model(config.model, config.dtype, config.device_map, config.trust_remote_code)
     _check_length(base, config)
@@ -51,6 +62,7 @@ def train(config: TrainConfig) -> Path | None:
     set_seed(config.seed)  # the adapter's initialisation does not depend on how the data was read
     model, teacher = _student_and_teacher(base, config)
     record = run_record(config, fingerprint)
+    check_same_data(out, fingerprint)
     trainer = _make_trainer(model, teacher, tokenizer, config, args, rows)
     if args.should_save:
         prepare_output_dir(out, record)
@@ -64,15 +76,13 @@ def _run(trainer: EITTrainer, out: Path, record: dict[str, Any], checkpoint: Pat
     if checkpoint is not None:
         trainer.load_schedule(checkpoint)
     started = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if stop.stopped_by is not None and trainer.state.global_step < trainer.state.max_steps:
-            return None
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.stopped:
+        return None
+    if not trainer.evaluated():
         trainer.evaluate()
-        record = {**record, "seconds": round(time.perf_counter() - started, 1), "steps": trainer.state.global_step}
-        save_final(trainer, out, record)
-    except OSError as error:
-        raise UserError(f"--output_dir {out}: cannot be written ({error.strerror or error})") from error
+    record = {**record, "seconds": round(time.perf_counter() - started, 1), "steps": trainer.state.global_step}
+    save_final(trainer, out, record)
     return out / FINAL
 
 
@@ -128,6 +138,10 @@ def _make_trainer(
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
     """The Trainer's own options for a run."""
+    loggers = get_available_reporting_integrations()
+    for name in config.report_to:
+        if name not in loggers:
+            raise UserError(f"--report_to {name}: not known or not installed; here is {', '.join(loggers) or 'none'}")
     args = TrainingArguments(
         output_dir=config.output_dir,
         max_steps=config.max_steps,
@@ -150,11 +164,10 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         save_steps=config.save_steps,
         eval_strategy="steps" if config.eval_steps else "no",
         eval_steps=config.eval_steps or None,
-        eval_on_start=True,
         metric_for_best_model="eval_evicted_ppl",
         greater_is_better=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=config.report_to or "none",
+        report_to=config.report_to,
         seed=config.seed,
         data_seed=config.seed,
         ddp_find_unused_parameters=False,

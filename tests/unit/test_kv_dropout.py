@@ -329,6 +329,21 @@ def test_a_context_survives_a_failed_forward(context_class, model, selector, ids
         assert torch.equal(logits(model, ids), wanted)
 
 
+def test_a_failed_layer_is_forgotten(model, selector, ids, monkeypatch):
+    """Attention outside of the model's layers is never evicted, also after one of them broke off."""
+    tensors = torch.randn(3, 1, 4, LENGTH, 16)
+    wanted = F.scaled_dot_product_attention(*tensors)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("deliberate")
+
+    with SDPAKVDropout(model, plan_for("anchor"), selector):
+        monkeypatch.setattr(model.model.layers[0].self_attn.q_proj, "forward", fail)
+        with pytest.raises(RuntimeError, match="deliberate"):
+            logits(model, ids)
+        assert torch.equal(F.scaled_dot_product_attention(*tensors), wanted)
+
+
 @BOTH
 def test_failing_half_way_into_entering_restores_too(context_class, model, selector, monkeypatch):
     before = traces(model)
@@ -342,6 +357,22 @@ def test_failing_half_way_into_entering_restores_too(context_class, model, selec
         with pytest.raises(RuntimeError, match="deliberate"), context_class(model, plan_for("knorm"), selector):
             pass
     assert traces(model) == before
+
+
+@BOTH
+def test_presses_score_without_dropout_and_gradient(context_class, model, selector, ids, monkeypatch):
+    states = []
+
+    def score(press, module, hidden_states, keys, *args, **kwargs):
+        states.append((any(m.training for m in module.modules()), torch.is_grad_enabled()))
+        return keys.norm(dim=-1)
+
+    monkeypatch.setattr(KnormPress, "score", score)
+    model.train()
+    with context_class(model, plan_for("knorm"), selector):
+        model(ids)
+    assert states == [(False, False)] * model.config.num_hidden_layers
+    assert all(module.training for module in model.modules())
 
 
 @BOTH

@@ -68,7 +68,7 @@ def kept_by(press, heads, length):
 )
 def test_anchor_press_keeps_sinks_then_the_newest_anchors_then_the_newest_rest(flags, ratio, sink_size):
     ids = torch.tensor(flags, dtype=torch.long)
-    press = AnchorPress(ratio, lambda tokens: tokens.bool(), sink_size, torch.cat((ids, ids), dim=1))  # more than C
+    press = AnchorPress(ratio, lambda tokens: tokens.bool(), sink_size, torch.cat((ids, 1 - ids), dim=1))  # more than C
     for row, kept in zip(flags, kept_by(press, 2, 12), strict=True):
         anchors = [i for i, anchor in enumerate(row) if anchor]
         newest_first = anchors[sink_size:][::-1], [i for i in range(12) if not row[i]][::-1]

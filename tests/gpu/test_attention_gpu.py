@@ -1,0 +1,46 @@
+"""The fast path on a CUDA device: flash calls only, equal to the dense reference."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sparsekv.attention import dense_attention, two_region_attention, two_region_mask
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def case(dtype: torch.dtype) -> tuple:
+    generator = torch.Generator("cuda").manual_seed(0)
+    query = torch.randn(2, 8, 512, 64, generator=generator, device="cuda")
+    key, value = (torch.randn(2, 2, 512, 64, generator=generator, device="cuda") for _ in range(2))
+    cuts, counts = (256, 384), (77, 200)
+    keeps = []
+    for cut, count in zip(cuts, counts, strict=True):
+        scores = torch.rand(2, 2, cut, generator=generator, device="cuda")
+        keeps.append(torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count).indices, True))
+    tensors = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+    return tensors, keeps, cuts, counts
+
+
+def gradients(out: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    weights = torch.randn(out.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").to(out.dtype)
+    return [out, *torch.autograd.grad((out * weights).sum(), tensors)]
+
+
+def test_equal_to_the_dense_reference_in_fp32() -> None:
+    tensors, keeps, cuts, counts = case(torch.float32)
+    fast = gradients(two_region_attention(*tensors, keeps, cuts, counts, None), tensors)
+    dense = gradients(dense_attention(*tensors, two_region_mask(keeps, cuts, 512), None), tensors)
+    for ours, reference in zip(fast, dense, strict=True):
+        torch.testing.assert_close(ours, reference, atol=2e-5, rtol=1e-4)
+
+
+def test_flash_alone_serves_bf16_with_shared_heads() -> None:
+    tensors, keeps, cuts, counts = case(torch.bfloat16)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # anything else would raise
+        fast = gradients(two_region_attention(*tensors, keeps, cuts, counts, None), tensors)
+    exact = [x.detach().float().requires_grad_() for x in tensors]
+    dense = gradients(dense_attention(*exact, two_region_mask(keeps, cuts, 512), None), exact)
+    for ours, reference in zip(fast, dense, strict=True):
+        error = (ours.float() - reference).norm() / reference.norm()
+        assert error < 1e-2
