@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sparsekv import data
+from sparsekv import data, sources
 from sparsekv.data import build_datasets, is_held_out, parse_sources
 from sparsekv.errors import UserError
 
@@ -228,12 +228,12 @@ def test_recall_alone_takes_its_text_from_pydoc(tokenizer):
 
 
 def test_pydoc_reads_reference_and_docstrings_without_importing(tokenizer):
-    texts = [record["text"] for record in data._read_pydoc(["assert", json.__file__])]
+    texts = [record["text"] for record in sources._read_pydoc(["assert", json.__file__])]
     assert "Assert" in texts[0]
     assert texts[1].startswith("json\n\n")
     assert "\n\njson.dumps\n\n" in texts[1]
     assert "Serialize ``obj`` to a JSON formatted" in texts[1]
-    files = data._library_files()
+    files = sources._library_files()
     assert json.__file__ in files
     assert not any("site-packages" in file or "/test/" in file for file in files)
     train, validation, _ = build_datasets("pydoc", tokenizer, 256, 20, 3, 0)
@@ -243,7 +243,7 @@ def test_pydoc_reads_reference_and_docstrings_without_importing(tokenizer):
 def test_a_file_that_is_no_python_has_no_docstrings(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text('"""Doc."""\ndef (')
-    assert data._docstrings(path, "broken") == ""
+    assert sources._docstrings(path, "broken") == ""
 
 
 BAD_FILES = {
@@ -301,7 +301,7 @@ def test_a_hub_that_cannot_be_reached_is_a_user_error(offline, tokenizer, monkey
     def unreachable(*args, **kwargs):
         raise ConnectionError("nobody there\nat all")
 
-    monkeypatch.setattr(data.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
     monkeypatch.setattr(datasets, "load_dataset", unreachable if offline else None)
     with pytest.raises(UserError) as error:
@@ -328,7 +328,7 @@ def test_a_hub_dataset_is_streamed_only_as_far_as_needed(tokenizer, monkeypatch)
     hub(monkeypatch, endless)
     train, validation, _ = build_datasets("some/dataset", tokenizer, LENGTH, 20, 2, 0)
     assert (len(train), len(validation)) == (20, 2)
-    assert len(read) < 2 * data.SHUFFLE_BUFFER
+    assert len(read) < 2 * sources.SHUFFLE_BUFFER
 
 
 def test_a_hub_dataset_without_text_is_a_user_error(tokenizer, monkeypatch):

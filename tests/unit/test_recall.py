@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sparsekv.data import is_held_out
 from sparsekv.errors import UserError
-from sparsekv.recall import PLAIN_TURNS, VALUES, _Composer, draw_row, recall_rows, templates
+from sparsekv.recall import _Composer, draw_row, recall_rows
+from sparsekv.recall_templates import PLAIN_TURNS, VALUES, templates
 
 CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 PROSE = (

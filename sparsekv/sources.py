@@ -1,0 +1,171 @@
+"""Where documents come from: files, a Hub dataset, or the text that Python itself carries."""
+
+import ast
+import importlib
+import json
+import os
+import random
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import HfApi, constants
+
+from sparsekv.errors import UserError
+
+PYDOC = "pydoc"
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+SHUFFLE_BUFFER = 256  # documents held in memory to shuffle a stream
+_UNDOCUMENTED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "lib2to3", "turtledemo"}
+
+
+def documents(name: str, seed: int, data_subset: str | None) -> Iterator[str]:
+    """The documents of a source, in an order fixed by `seed`; nothing is read before it is asked for."""
+    path = Path(name).expanduser()
+    if name == PYDOC:
+        parts = [*_topics(), *_library_files()]
+        random.Random(seed).shuffle(parts)
+        stream = datasets.IterableDataset.from_generator(_read_pydoc, gen_kwargs={"parts": parts})
+    elif path.exists():
+        stream = datasets.IterableDataset.from_generator(_read_files, gen_kwargs={"files": _text_files(path)})
+        stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    else:
+        stream = _hub_stream(name, data_subset).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    return (record["text"] for record in stream if record["text"] and record["text"].strip())
+
+
+def _text_files(path: Path) -> list[str]:
+    """The text files at `path`, sorted; raises UserError for an empty file, a wrong kind, or none at all."""
+    if path.is_file() and path.suffix not in SUFFIXES:
+        raise UserError(f"--data {path}: its kind is not known; give a {', '.join(SUFFIXES)} file or a folder of them")
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+    if not files:
+        raise UserError(f"--data {path}: the folder holds no {', '.join(SUFFIXES)} file")
+    for file in files:
+        if file.stat().st_size == 0:
+            raise UserError(f"--data {file}: the file is empty")
+    return [str(file) for file in files]
+
+
+def _read_files(files: list[str]) -> Iterator[dict[str, str]]:
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    for file in files:
+        try:
+            for text in readers[Path(file).suffix](file):
+                yield {"text": text}
+        except UnicodeDecodeError as error:
+            raise UserError(f"--data {file}: it is not UTF-8 text (byte 0x{error.object[error.start]:02x})") from error
+        except OSError as error:
+            raise UserError(f"--data {file}: it cannot be read ({error.strerror or error})") from error
+
+
+def _read_txt(file: str) -> Iterator[str]:
+    text = Path(file).read_text("utf-8-sig")
+    if not text.strip():
+        raise UserError(f"--data {file}: the file is empty")
+    yield text
+
+
+def _read_jsonl(file: str) -> Iterator[str]:
+    with open(file, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"--data {file}, line {number}: it is not JSON ({error.msg})") from error
+            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                raise UserError(f'--data {file}, line {number}: it has no "text" field that holds a string')
+            yield record["text"]
+
+
+def _read_parquet(file: str) -> Iterator[str]:
+    try:
+        table = pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"--data {file}: it is not a parquet file") from error
+    with table:
+        names = table.schema_arrow.names
+        kind = table.schema_arrow.field("text").type if "text" in names else pa.null()
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise UserError(f'--data {file}: it has no string column "text"; it has {", ".join(names)}')
+        for batch in table.iter_batches(batch_size=256, columns=["text"]):
+            yield from (text for text in batch.column("text").to_pylist() if text is not None)
+
+
+def _hub_stream(name: str, data_subset: str | None) -> datasets.IterableDataset:
+    """A Hub dataset's training split, streamed (or read from the datasets cache when HF_HUB_OFFLINE is set)."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) or name.endswith(SUFFIXES):
+        raise UserError(f"--data {name}: no such file or folder; give pydoc, recall, a path or a Hub dataset")
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            HfApi().dataset_info(name, timeout=10)  # one quick request: load_dataset alone retries for 20 s and more
+        stream = datasets.load_dataset(name, data_subset, split="train", streaming=True)
+        columns = stream.column_names or list(next(iter(stream)))
+    except Exception as error:  # the Hub's client raises a dozen unrelated kinds
+        subset = f" --data_subset {data_subset}" if data_subset else ""
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--data {name}{subset}: neither pydoc, recall, a path, nor a Hub dataset that can be reached ({why})"
+        ) from error
+    if "text" not in columns:
+        raise UserError(f'--data {name}: it has no column "text"; it has {", ".join(columns)}')
+    return stream
+
+
+# The text that Python itself carries
+
+
+def _topics() -> list[str]:
+    try:
+        return sorted(importlib.import_module("pydoc_data.topics").topics)
+    except ImportError:  # some distributions ship Python without its reference
+        return []
+
+
+def _library_files() -> list[str]:
+    files = []
+    for folder, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
+        subfolders[:] = [name for name in subfolders if name not in _UNDOCUMENTED]
+        files += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+    return sorted(files)
+
+
+def _read_pydoc(parts: list[str]) -> Iterator[dict[str, str]]:
+    """Topics of the language reference, by name, and the docstrings of library files, by path."""
+    root = sysconfig.get_path("stdlib")
+    for part in parts:
+        if part.endswith(".py"):
+            module = ".".join(Path(part).relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+            yield {"text": _docstrings(Path(part), module)}
+        else:
+            yield {"text": importlib.import_module("pydoc_data.topics").topics[part]}
+
+
+def _docstrings(file: Path, module: str) -> str:
+    """The docstrings of a source file under the names they document; parsed, never imported."""
+    source = file.read_bytes()
+    if b'"""' not in source:
+        return ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # a library may carry files that are broken on purpose
+        return ""
+    sections = []
+    stack: list[tuple[str, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]] = [(module, tree)]
+    while stack:
+        name, node = stack.pop()
+        if doc := ast.get_docstring(node):
+            sections.append(f"{name}\n\n{doc}")
+        for child in reversed(node.body):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                stack.append((f"{name}.{child.name}", child))
+    return "\n\n".join(sections)
