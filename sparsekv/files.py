@@ -43,6 +43,10 @@ def writing(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"--output_dir {folder}: cannot be written ({reason})") from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch's writer of files
+            raise
+        raise UserError(f"--output_dir {folder}: torch.save failed there; is the disk full?") from error

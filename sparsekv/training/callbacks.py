@@ -26,6 +26,15 @@ class ScheduleCallback(TrainerCallback):
         self.schedule.step(state.global_step)
 
 
+class IntervalsCallback(TrainerCallback):
+    """A resumed run logs, evaluates and saves as it is asked now; transformers would go on as its checkpoint says."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class MetricsCallback(TrainerCallback):
     """Appends every log line to `metrics.jsonl`; a run begins with the lines that its checkpoint remembers."""
 

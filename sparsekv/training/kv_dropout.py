@@ -7,9 +7,10 @@ calls, so gradient checkpointing recomputes exactly what it computed.
 """
 
 import contextlib
+import functools
+import inspect
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,129 +21,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from sparsekv.attention import (
-    combine_masks,
-    dense_attention,
-    global_mask,
-    repeat_heads,
-    streaming_mask,
-    two_region_attention,
-    two_region_mask,
-)
+from sparsekv.attention import combine_masks, repeat_heads
 from sparsekv.training.anchor import AnchorSelector
+from sparsekv.training.eviction import ForwardEviction, begin_forward, slides
 from sparsekv.training.plan import EvictionPlan
-from sparsekv.training.rules import LayerContext, layer_of, make_rule
+from sparsekv.training.rules import layer_of
 
 IMPLEMENTATION = "sparsekv"
-
-
-@dataclass
-class ForwardEviction:
-    """One forward pass under a plan: decides each layer's `keep` once, and remembers it for the backward pass.
-
-    Parameters
-    ----------
-    plan : EvictionPlan
-    selector : AnchorSelector
-    input_ids : Long[B, L]
-    real : Bool[B, L], optional
-        False at padding.
-    """
-
-    plan: EvictionPlan
-    selector: AnchorSelector
-    input_ids: Tensor
-    real: Tensor | None
-    keeps: dict[int, list[Tensor]] = field(default_factory=dict)
-    counts: dict[int, list[int | None]] = field(default_factory=dict)
-    recomputed: bool = False
-
-    def __post_init__(self) -> None:
-        length = self.input_ids.shape[1]
-        if self.plan.cuts and self.plan.cuts[-1] >= length:
-            raise ValueError(f"cut {self.plan.cuts[-1]} leaves no suffix in {length} tokens")
-        random_rules = {"random", "anchor_random"} & set(self.plan.rules)
-        seeds = row_seeds(self.input_ids, self.real, self.plan.seed) if random_rules else [0] * len(self.input_ids)
-        self._row_seeds = seeds
-        self._layer_inputs: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
-
-    def stash(self, module: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> None:
-        """Remember a layer's input until its attention has scored it; a layer that comes again is recomputed."""
-        layer = layer_of(module)
-        if layer in self.keeps:
-            self.recomputed = True
-        elif not slides(module, hidden_states.shape[1]):
-            self._layer_inputs[layer] = (hidden_states, position_embeddings)
-
-    def decide(self, module: nn.Module, key: Tensor, value: Tensor) -> list[Tensor]:
-        """The layer's `keep` at each cut: Bool[B, G, cut], from [B, G, L, D] keys and values."""
-        layer = layer_of(module)
-        if layer in self.keeps:
-            return self.keeps[layer]
-        cuts = self.plan.cuts or (key.shape[2],)
-        hidden_states, (cos, sin) = self._layer_inputs.pop(layer)
-        decided = []
-        with scoring(module):
-            for name, ratio, cut in zip(self.plan.rules, self.plan.keep_ratios, cuts, strict=True):
-                context = LayerContext(
-                    module=module,
-                    hidden_states=hidden_states[:, :cut],
-                    keys=key[:, :, :cut],
-                    values=value[:, :, :cut],
-                    position_embeddings=(cos[:, :cut], sin[:, :cut]),
-                    input_ids=self.input_ids[:, :cut].to(key.device),
-                    real=None if self.real is None else self.real[:, :cut].to(key.device),
-                    row_seeds=self._row_seeds,
-                )
-                decided.append(make_rule(name, ratio, self.selector, self.plan.geometry).keep(context))
-        self.keeps[layer], self.counts[layer] = [keep for keep, _ in decided], [count for _, count in decided]
-        return self.keeps[layer]
-
-    def mask(self, module: nn.Module, key: Tensor, value: Tensor) -> Tensor:
-        """Bool[B, G, L, L]: the layer's allowed pairs, by the dense reference."""
-        keeps = self.decide(module, key, value)
-        if self.plan.geometry == "two_region":
-            return two_region_mask(keeps, self.plan.cuts, key.shape[2])
-        if self.plan.geometry == "streaming":
-            config = self.selector.config
-            return streaming_mask(keeps[0], config.recent_size if config.use_recent else 1)
-        return global_mask(keeps[0])
-
-    def attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None,
-        dropout: float,
-    ) -> Tensor:
-        """Attention of one layer under the plan: [B, H, L, D], by the fast path where it applies."""
-        keeps = self.decide(module, key, value)
-        counts = [count for count in self.counts[layer_of(module)] if count is not None]
-        if self.plan.geometry == "two_region" and attention_mask is None and len(counts) == len(keeps):
-            return two_region_attention(query, key, value, keeps, self.plan.cuts, counts, scaling, dropout)
-        mask = combine_masks(self.mask(module, key, value), attention_mask)
-        return dense_attention(query, key, value, mask, scaling, dropout)
-
-    def keep_ratio(self) -> float:
-        """Share of the real context entries kept, over layers, heads, rows and cuts."""
-        kept = total = 0.0
-        for layer, keeps in self.keeps.items():
-            for keep, count in zip(keeps, self.counts[layer], strict=True):
-                rows, heads, cut = keep.shape
-                kept += float(keep.sum()) if count is None else rows * heads * count
-                total += heads * (rows * cut if self.real is None else float(self.real[:, :cut].sum()))
-        return kept / total if total else 1.0
-
-
-def row_seeds(input_ids: Tensor, real: Tensor | None, seed: int) -> list[int]:
-    """One int a row from its tokens and the plan's seed: a row's draws do not depend on the batch it is in."""
-    real = torch.ones_like(input_ids, dtype=torch.bool) if real is None else real.to(input_ids.device)
-    weights = real.cumsum(-1) * 2_654_435_761  # positions among real tokens: padding on either side changes nothing
-    sums = (input_ids * real * weights % 2_147_483_647).sum(-1)
-    return [(int(total) * 1_000_003 + seed) % 2**48 for total in sums]
 
 
 class KVDropoutContext:
@@ -259,8 +144,7 @@ class SDPAKVDropout(KVDropoutContext):
     def _before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._layer = module
         if self.last is not None and not self._in_full_forward:
-            hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            self.last.stash(module, hidden_states, kwargs["position_embeddings"])
+            _stash(self.last, module, args, kwargs)
 
     def _after_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._layer = None
@@ -282,7 +166,8 @@ class SDPAKVDropout(KVDropoutContext):
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         self._layer = None  # a press may call attention itself while scoring
-        copies = key.shape[1] // layer.config.num_key_value_heads  # type: ignore[union-attr,operator]  # 1 unless the model has repeated its heads
+        config: Any = layer.config
+        copies = key.shape[1] // config.num_key_value_heads  # 1 unless the model has repeated its heads itself
         mask = eviction.mask(layer, key[:, ::copies], value[:, ::copies])
         mask = repeat_heads(combine_masks(mask, attn_mask), query.shape[1])
         key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
@@ -319,18 +204,6 @@ def evicted_attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def begin_forward(plan: EvictionPlan, selector: AnchorSelector, args: tuple, kwargs: dict[str, Any]) -> ForwardEviction:
-    """The state of one forward pass from the arguments of the decoder."""
-    input_ids = kwargs.get("input_ids", args[0] if args else None)
-    if input_ids is None:
-        raise ValueError("eviction needs input_ids: anchors are known from the tokens")
-    attention_mask = kwargs.get("attention_mask")
-    real = None
-    if attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask.all()):
-        real = attention_mask.bool()
-    return ForwardEviction(plan, selector, input_ids, real)
-
-
 def base_of(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside an adapter, or the model itself."""
     base: Any = model
@@ -345,35 +218,17 @@ def attention_modules(decoder: nn.Module) -> list[nn.Module]:
     return found
 
 
-def slides(module: nn.Module, length: int) -> bool:
-    """Whether the layer sees only a sliding window of `length` tokens: such a layer holds no long cache to evict."""
-    config: Any = module.config
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types:
-        return layer_types[layer_of(module)] != "full_attention"
-    window = getattr(config, "sliding_window", None)
-    return window is not None and window < length
-
-
-@contextlib.contextmanager
-def scoring(module: nn.Module) -> Iterator[None]:
-    """A press scores as it will at inference, without gradient or dropout, and leaves the random state untouched."""
-    was_training, device = module.training, next(module.parameters()).device
-    module.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        module.train(was_training)
-
-
 @contextlib.contextmanager
 def _rotary_visible(module: nn.Module, decoder: nn.Module) -> Iterator[None]:
     """Presses read `module.rotary_emb`; set it beside the registered submodules, so that no state dict changes."""
     if hasattr(module, "rotary_emb") or not hasattr(decoder, "rotary_emb"):
         yield
         return
-    object.__setattr__(module, "rotary_emb", decoder.rotary_emb)
+    rotary: Any = decoder.rotary_emb
+    if "layer_type" in inspect.signature(rotary.forward).parameters:  # Gemma3: one rotary embedding, two bases
+        config: Any = module.config
+        rotary = functools.partial(rotary, layer_type=config.layer_types[layer_of(module)])
+    object.__setattr__(module, "rotary_emb", rotary)
     try:
         yield
     finally:
@@ -381,7 +236,10 @@ def _rotary_visible(module: nn.Module, decoder: nn.Module) -> Iterator[None]:
 
 
 def _stash_from_kwargs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    eviction = kwargs.get("eviction")
-    if eviction is not None:
-        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        eviction.stash(module, hidden_states, kwargs["position_embeddings"])
+    if kwargs.get("eviction") is not None:
+        _stash(kwargs["eviction"], module, args, kwargs)
+
+
+def _stash(eviction: ForwardEviction, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    eviction.stash(module, hidden_states, kwargs.get("position_embeddings"))

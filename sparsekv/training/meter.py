@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv.training.anchor import AnchorSelector
-from sparsekv.training.kv_dropout import ForwardEviction
+from sparsekv.training.eviction import ForwardEviction
 from sparsekv.training.loss import LossSums
 from sparsekv.training.plan import EvictionPlan
 

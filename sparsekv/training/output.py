@@ -1,5 +1,6 @@
 """The files of a training run: which folder may be used, what is recorded, what is left at the end."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -62,10 +63,15 @@ def check_same_data(out: Path, fingerprint: str) -> None:
 
 def prepare_output_dir(out: Path, record: dict[str, Any]) -> None:
     """Make the folder, clear what a killed run left half-written, and record the run."""
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(out / STAGING, ignore_errors=True)
-        write_json(out / RUN_CONFIG, record)
+    try:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(out / STAGING, ignore_errors=True)
+            write_json(out / RUN_CONFIG, record)
+    except UserError:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # nothing in it: nothing was begun
+        raise
 
 
 def run_record(config: TrainConfig, fingerprint: str) -> dict[str, Any]:

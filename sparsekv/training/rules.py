@@ -4,6 +4,7 @@ A rule is a press (kvpress's own `score`, so that the rule trained is the rule t
 sample. Names: `anchor`, `random`, `anchor_random`, and every key of `sparsekv.presses.PRESSES`.
 """
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from sparsekv.presses import PRESSES, AnchorPress, make_press
 from sparsekv.training.anchor import AnchorSelector, build_kv_mask_from_anchors
 
 OWN_RULES = ("anchor", "anchor_random", "random")
+PositionEmbeddings = tuple[Tensor, Tensor] | None
 STATIC_RULES = ("anchor", "anchor_random")  # known from token and position alone: the streaming geometry needs that
 
 
@@ -28,7 +30,7 @@ class LayerContext:
     module : the attention module, with `layer_idx`, `head_dim`, `rotary_emb`.
     hidden_states : [B, C, hidden], the layer's normed input.
     keys, values : [B, G, C, D], keys after the rotary embedding.
-    position_embeddings : (cos, sin), each [1 or B, C, D].
+    position_embeddings : (cos, sin), each [1 or B, C, D]; None when the model hands its layers none.
     input_ids : Long[B, C].
     real : Bool[B, C], False at padding; None when there is none.
     row_seeds : one int a row, for random draws that do not depend on the batch a row is in.
@@ -38,7 +40,7 @@ class LayerContext:
     hidden_states: Tensor
     keys: Tensor
     values: Tensor
-    position_embeddings: tuple[Tensor, Tensor]
+    position_embeddings: PositionEmbeddings
     input_ids: Tensor
     real: Tensor | None
     row_seeds: Sequence[int]
@@ -46,13 +48,16 @@ class LayerContext:
     def row(self, index: int, start: int, stop: int) -> "LayerContext":
         """The real tokens [start, stop) of one row, as a batch of one without padding."""
         one = slice(index, index + 1)
-        cos, sin = (x.expand(len(self.input_ids), -1, -1)[one, start:stop] for x in self.position_embeddings)
+        rotary = self.position_embeddings
+        if rotary is not None:
+            cos, sin = (x.expand(len(self.input_ids), -1, -1)[one, start:stop] for x in rotary)
+            rotary = (cos, sin)
         return replace(
             self,
             hidden_states=self.hidden_states[one, start:stop],
             keys=self.keys[one, :, start:stop],
             values=self.values[one, :, start:stop],
-            position_embeddings=(cos, sin),
+            position_embeddings=rotary,
             input_ids=self.input_ids[one, start:stop],
             real=None,
             row_seeds=self.row_seeds[one],
@@ -194,10 +199,11 @@ def make_rule(name: str, keep_ratio: float, selector: AnchorSelector, geometry: 
 
 def check_rules(names: Sequence[str], geometry: str) -> None:
     """Raise UserError unless every name is a rule that the geometry can use."""
-    known = {*OWN_RULES, *PRESSES}
+    known = sorted({*OWN_RULES, *PRESSES})
     for name in names:
         if name not in known:
-            raise UserError(f"--rules names {name!r}; known rules: {', '.join(sorted(known))}")
+            near = difflib.get_close_matches(name, known, n=3) or known
+            raise UserError(f"--rules names {name!r}; did you mean {', '.join(near)}?")
         if geometry == "streaming" and name not in STATIC_RULES:
             allowed = ", ".join(STATIC_RULES)
             raise UserError(

@@ -14,7 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 from sparsekv.data import build_datasets, parse_sources
 from sparsekv.errors import UserError
 from sparsekv.models import attach_lora, load_model, load_tokenizer
-from sparsekv.training.callbacks import MetricsCallback, ScheduleCallback, StopCallback
+from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, ScheduleCallback, StopCallback
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.output import (
@@ -132,6 +132,7 @@ def _make_trainer(
         config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_an_epoch)
     )
     trainer.add_callback(ScheduleCallback(trainer.schedule))
+    trainer.add_callback(IntervalsCallback())
     trainer.add_callback(MetricsCallback(config.output_dir))
     return trainer
 
@@ -175,4 +176,6 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     )
     if args.n_gpu > 1:  # several GPUs in one process: transformers would use DataParallel, which knows no eviction
         args._n_gpu = 1
+    if args.device.type == "cpu":  # accelerate's name for it is cpu:0, from where torch.load can resume nothing
+        args._setup_devices = args.distributed_state.device = torch.device("cpu")
     return args

@@ -13,7 +13,8 @@ from transformers import DynamicCache
 from sparsekv.attention import global_mask
 from sparsekv.presses import PRESSES, make_press
 from sparsekv.training.anchor import AnchorConfig, AnchorSelector
-from sparsekv.training.kv_dropout import ForwardEviction, KVDropoutContext, SDPAKVDropout, row_seeds
+from sparsekv.training.eviction import ForwardEviction, row_seeds
+from sparsekv.training.kv_dropout import KVDropoutContext, SDPAKVDropout
 from sparsekv.training.plan import EvictionPlan
 from sparsekv.training.rules import LayerContext, Rule, make_rule
 
@@ -53,10 +54,10 @@ def inference_press(name, ratio, selector, ids):
 
 @contextlib.contextmanager
 def same_draws_each_layer(model):
-    """Presses that sketch at random (leverage, compactor) draw from torch's global state: give all the same."""
+    """Presses that sketch at random (leverage, compactor) draw from torch's global state: seed it as training does."""
 
-    def reseed(*_):
-        torch.manual_seed(0)
+    def reseed(module, _):
+        torch.manual_seed(SEED + module.layer_idx)
 
     hooks = [layer.self_attn.register_forward_pre_hook(reseed) for layer in model.model.layers]
     yield
@@ -79,7 +80,6 @@ def inference_logits(model, press, ids, cut, stop, step=None):
 
 @torch.no_grad()
 def training_logits(model, plan, selector, ids, context=KVDropoutContext):
-    torch.manual_seed(0)
     with context(model, plan, selector):
         return model(ids).logits
 

