@@ -13,7 +13,7 @@ import torch
 from tiny import make_tiny, make_tiny_tokenizer  # pytest puts the folder of a conftest.py on the path
 from transformers.utils.logging import disable_progress_bar
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 disable_progress_bar()
 
 
