@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo readme test lint format clean
 
 # torch comes first and pinned: what follows is then satisfied by it and pulls no other build.
 .venv/ready: pyproject.toml
@@ -13,6 +13,10 @@ BIN := .venv/bin
 
 demo: .venv/ready
 	$(BIN)/sparsekv demo
+
+# The table in README.md, from the last demo.
+readme: .venv/ready
+	$(BIN)/python scripts/fill_readme.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

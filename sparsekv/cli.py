@@ -95,10 +95,39 @@ def spell_out_switches(arguments: Sequence[str]) -> list[str]:
     return spelled
 
 
+def files_first(arguments: Sequence[str]) -> list[str]:
+    """`train … --config FILE` → `train --config FILE …`: flags win wherever they stand."""
+    files: list[str] = []
+    others: list[str] = []
+    for argument in arguments[1:]:
+        is_file = argument == "--config" or argument.startswith("--config=") or files[-1:] == ["--config"]
+        (files if is_file else others).append(argument)
+    return [*arguments[:1], *files, *others]
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The command and the values of its options."""
+    parser = make_parser()
+    try:
+        options = parser.parse_args(files_first(spell_out_switches(arguments)))
+    except UnicodeDecodeError as error:
+        raise UserError("--config: the file is not UTF-8 text") from error
+    values = parser.instantiate(options)[options.command].as_dict()
+    values.pop("config", None)
+    return options.command, values
+
+
 def one_line(error: Exception) -> str:
     """jsonargparse's message of several lines as one, with the flag as it is typed."""
     message = " ".join(str(error).split())
-    return message.replace('Parser key "', "--").replace('":', ":")
+    for theirs, ours in (
+        ('Parser key "', "--"),
+        ('":', ":"),
+        ("Problems parsing config", "--config"),
+        ("Unexpected config", "--config: the file holds no options"),
+    ):
+        message = message.replace(theirs, ours)
+    return message
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -108,12 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading weights: hundreds of lines in a log file
     warnings.filterwarnings("ignore", category=FutureWarning)
-    parser = make_parser()
     try:
-        options = parser.parse_args(spell_out_switches(sys.argv[1:] if arguments is None else arguments))
-        values = parser.instantiate(options)[options.command].as_dict()
-        values.pop("config", None)
-        status = run(options.command, values)
+        status = run(*parse(sys.argv[1:] if arguments is None else arguments))
     except (UserError, ArgumentError) as error:
         print(f"sparsekv: {one_line(error)}", file=sys.stderr)
         status = 2

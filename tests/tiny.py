@@ -133,3 +133,8 @@ def as_flags(options: dict) -> list[str]:
     flat = {name: value for name, value in options.items() if name != "anchors"}
     flat |= {f"anchors.{name}": value for name, value in options.get("anchors", {}).items()}
     return [text for name, value in flat.items() for text in (f"--{name}", str(value))]
+
+
+def messages(stderr: str) -> list[str]:
+    """The lines written to stderr besides progress bars."""
+    return [line for line in stderr.splitlines() if line.strip() and "it/s]" not in line and "s/it]" not in line]

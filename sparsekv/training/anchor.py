@@ -30,12 +30,18 @@ class AnchorConfig:
 
     Attributes
     ----------
-    use_special, use_punctuation : bool
-        Keep tokens by class (see `sparsekv.tokens`).
-    use_sink, use_recent : bool
-        Keep tokens by position: the first `sink_size` and the last `recent_size` real tokens of the context.
-    sink_size, recent_size : int
-        In tokens, 0 or more.
+    use_special : bool
+        Keep special tokens (see `sparsekv.tokens`).
+    use_punctuation : bool
+        Keep punctuation.
+    use_sink : bool
+        Keep the first real tokens of the context.
+    use_recent : bool
+        Keep the last real tokens before the cut.
+    sink_size : int
+        How many first tokens, 0 or more.
+    recent_size : int
+        How many last tokens, 0 or more.
     extra_punctuation : str
         Characters to count as punctuation besides the Unicode ones.
 

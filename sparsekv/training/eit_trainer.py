@@ -133,10 +133,10 @@ class EITTrainer(Trainer):
         finally:
             model.train()
 
-    def _teacher_head(self, head: nn.Module) -> nn.Module:
+    def _teacher_head(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
         if self.teacher is not None:
             return self.teacher.get_output_embeddings()
-        return getattr(head, "base_layer", getattr(head, "original_module", head))
+        return getattr(head, "base_layer", getattr(head, "original_module", head)).forward
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
         """Long[2]: the tokens of the optimizer step that carry distillation loss and context loss, over processes."""

@@ -117,7 +117,7 @@ def distillation_loss(
 class _Objective:
     """The loss of one chunk of tokens, from hidden states to sums."""
 
-    student_head: Head
+    student_head: nn.Module
     teacher_head: Head
     temperature: float
     direction: Direction
@@ -126,7 +126,7 @@ class _Objective:
 
     def __call__(self, hidden: Tensor, teacher: Tensor | None, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, ce, kl) of Float[n, D] hidden states and Long[n] targets, fp32, on the device of `hidden`."""
-        logits = self.student_head(hidden)
+        logits = self.student_head.forward(hidden)  # past its hooks: FSDP's would take the gathered weights away
         teacher_logits = None
         if teacher is not None:
             with torch.no_grad():
