@@ -115,7 +115,7 @@ def training_config(config: DemoConfig, folder: Path, control: bool) -> TrainCon
 
 def fastest_dtype() -> str:
     """bfloat16 where this machine multiplies in it, else float32."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    cpu: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     fast = torch.cuda.is_available() or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     return "bfloat16" if fast else "float32"
 
@@ -143,8 +143,7 @@ def score_model(
 def write_results(config: DemoConfig, scores: dict[str, list[Score]], out: Path, console: Console) -> None:
     """Print both tables; write them as Markdown, and every score as JSON."""
     note = (
-        f"{config.model} in {fastest_dtype()}; trained {config.max_steps} steps of {config.batch_size} × {TRAINING_ROW} "
-        "tokens; "
+        f"{config.model} in {fastest_dtype()}; {config.max_steps} steps of {config.batch_size} × {TRAINING_ROW} tokens; "
         f"context {config.context_length} tokens of held-out Python documentation, prefilled with full attention, then "
         f"evicted; n = {config.num_samples} a cell; seed {config.seed}; [95% interval over samples]; "
         f"commit {commit() or 'unknown'}."
