@@ -143,7 +143,7 @@ def score_model(
 def write_results(config: DemoConfig, scores: dict[str, list[Score]], out: Path, console: Console) -> None:
     """Print both tables; write them as Markdown, and every score as JSON."""
     note = (
-        f"{config.model} in {fastest_dtype()}; {config.max_steps} steps of {config.batch_size} × {TRAINING_ROW} tokens; "
+        f"{config.model}, {fastest_dtype()}; {config.max_steps} steps of {config.batch_size} × {TRAINING_ROW} tokens; "
         f"context {config.context_length} tokens of held-out Python documentation, prefilled with full attention, then "
         f"evicted; n = {config.num_samples} a cell; seed {config.seed}; [95% interval over samples]; "
         f"commit {commit() or 'unknown'}."
