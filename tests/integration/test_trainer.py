@@ -158,6 +158,18 @@ def test_loss_and_gradient_equal_the_plain_formula(tmp_path, tiny_tokenizer, pad
     assert abs(full - wanted) > 1e-4, "the eviction changes nothing: this test would not see it missing"
 
 
+def test_which_tokens_carry_loss():
+    """No padding is predicted, nor predicts; the last token predicts nothing."""
+    ids = torch.arange(12).reshape(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    labels, context = eit_trainer.loss_tokens(ids, mask, 0)
+    assert labels.tolist() == [[-100, -100, 3, 4, 5, -100], [7, 8, 9, -100, -100, -100]]
+    assert not context.any()
+    labels, context = eit_trainer.loss_tokens(ids, mask, 3)
+    assert labels.tolist() == [[-100, -100, -100, 4, 5, -100], [-100] * 6]
+    assert context.tolist() == [[False, False, True, False, False, False], [True, True, True, False, False, False]]
+
+
 # ---- the same step, cut differently ----
 
 
