@@ -31,8 +31,8 @@ from sparsekv.training.run import train
 PRESSES = ("snapkv", "streaming_llm", "knorm", "keydiff")
 RATIOS = (0.5,)
 CELLS = [(NO_PRESS, 0.0), *((press, ratio) for press in PRESSES for ratio in RATIOS)]
-SUFFIX = 64  # tokens predicted after the cut in the text task
-TRAINING_ROW = 384
+SUFFIX = 48  # tokens predicted after the cut in the text task
+TRAINING_ROW = 320
 
 
 @dataclass
@@ -48,7 +48,7 @@ class DemoConfig:
     max_steps
         Optimizer steps of each of the two runs.
     batch_size
-        Rows a step, of 384 tokens.
+        Rows a step, of 320 tokens.
     num_samples
         Samples a task and cell.
     context_length
@@ -59,10 +59,10 @@ class DemoConfig:
 
     model: str = "smollm2-135m"
     output_dir: str = "out/demo"
-    max_steps: int = 32
+    max_steps: int = 24
     batch_size: int = 2
-    num_samples: int = 24
-    context_length: int = 384
+    num_samples: int = 16
+    context_length: int = 320
     seed: int = 0
 
 

@@ -33,8 +33,8 @@ and evicted to a keep ratio of {min_keep_ratio} by the training rules in turn ({
 | before training | {full_before} | {evicted_before} |
 | after {steps} steps | {full_after} | {evicted_after} |
 
-Data: {data}; {samples} validation rows of {length} tokens; seed {seed}; one run, no interval; {seconds:.0f} s. Read a
-gain against a control run (`--control`: same data, steps and loss, no eviction), not against the base.
+Data: {data}; {samples} validation rows of {length} tokens; seed {seed}; one run, no interval; {seconds:.0f} s since the
+last start. Read a gain against a control run (`--control`: same data, steps and loss, no eviction), not the base.
 """
 
 USAGE_ADAPTER = """\

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,22 @@ def check_same_data(out: Path, fingerprint: str) -> None:
 
 def prepare_output_dir(out: Path, record: dict[str, Any]) -> None:
     """Make the folder, clear what a killed run left half-written, and record the run."""
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out / STAGING, ignore_errors=True)
+        write_json(out / RUN_CONFIG, record)
+
+
+@contextlib.contextmanager
+def removed_if_unused(out: Path) -> Iterator[None]:
+    """Inside, a UserError takes a folder with it that was made (transformers makes one early) and holds nothing."""
+    existed = out.exists()
     try:
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(out / STAGING, ignore_errors=True)
-            write_json(out / RUN_CONFIG, record)
+        yield
     except UserError:
-        with contextlib.suppress(OSError):
-            out.rmdir()  # nothing in it: nothing was begun
+        if not existed:
+            with contextlib.suppress(OSError):
+                out.rmdir()
         raise
 
 
@@ -106,6 +115,8 @@ def save_final(trainer: EITTrainer, out: Path, record: dict[str, Any]) -> None:
 
 
 def _finish(trainer: EITTrainer, staged: Path, out: Path, record: dict[str, Any]) -> None:
+    for weights in staged.glob("*.safetensors"):
+        weights.chmod(0o644)  # written for their owner alone; results are for a team
     (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; eit_config.json says the same in plain text
     write_json(staged / RUN_CONFIG, record)
     write_json(staged / SCHEDULER_STATE, trainer.schedule.state_dict())

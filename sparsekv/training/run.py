@@ -17,14 +17,17 @@ from sparsekv.models import attach_lora, load_model, load_tokenizer
 from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, ScheduleCallback, StopCallback
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import EITTrainer
+from sparsekv.training.kv_dropout import KVDropoutContext
 from sparsekv.training.output import (
     FINAL,
     check_same_data,
     prepare_output_dir,
+    removed_if_unused,
     run_record,
     save_final,
     usable_checkpoint,
 )
+from sparsekv.training.plan import EvictionPlan
 
 
 def train(config: TrainConfig) -> Path | None:
@@ -63,9 +66,11 @@ def train(config: TrainConfig) -> Path | None:
     model, teacher = _student_and_teacher(base, config)
     record = run_record(config, fingerprint)
     check_same_data(out, fingerprint)
-    trainer = _make_trainer(model, teacher, tokenizer, config, args, rows)
-    if args.should_save:
-        prepare_output_dir(out, record)
+    with removed_if_unused(out):
+        trainer = _make_trainer(model, teacher, tokenizer, config, args, rows)
+        _check_architecture(trainer, config, rows[0])
+        if args.should_save:
+            prepare_output_dir(out, record)
     args.distributed_state.wait_for_everyone()
     return _run(trainer, out, record, checkpoint)
 
@@ -90,6 +95,21 @@ def _check_length(base: PreTrainedModel, config: TrainConfig) -> None:
     longest = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.max_seq_len > longest:
         raise UserError(f"--max_seq_len {config.max_seq_len}: {config.model} has {longest} positions")
+
+
+def _check_architecture(trainer: EITTrainer, config: TrainConfig, rows: Dataset) -> None:
+    """Run a short row under every rule: one that the model does not work with is known before anything is written."""
+    ids = torch.tensor([rows[0]["input_ids"][:96]], device=trainer.base.device)  # presses score 65 tokens and more
+    for rule in config.rules:
+        plan = EvictionPlan("two_region", (ids.shape[1] - 2,), (rule,), (0.5,))
+        try:
+            with torch.no_grad(), KVDropoutContext(trainer.base, plan, trainer.selector) as eviction:
+                trainer.base.get_decoder()(input_ids=ids)
+        except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            kind = type(trainer.base).__name__
+            raise UserError(f"--rules {rule}: does not work with --model {config.model}, {kind}: {error}") from error
+        if eviction.last is not None:
+            eviction.last.keep_ratio()  # complains when no layer evicted anything
 
 
 def _student_and_teacher(

@@ -9,8 +9,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import run_options, save_tiny, train_config
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import make_tiny_tokenizer, run_options, save_tiny, train_config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from sparsekv.errors import UserError
 from sparsekv.models import merge_adapter
@@ -280,3 +280,14 @@ def test_a_full_disk(options, tmp_path, kilobytes, reason):
     left = {path.name for path in tmp_path.rglob("*") if path.name != "out"}
     assert left == (set() if kilobytes == 1 else {"eit_config.json", "metrics.jsonl"}), "no half-written checkpoint"
     assert (tmp_path / "out").exists() == bool(left)
+
+
+def test_an_architecture_that_cannot_evict_is_refused_before_anything_is_written(options, tmp_path):
+    """GPT-2's attention is no Llama's: kvpress cannot compute its queries."""
+    config = GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    changes = {"model": str(tmp_path / "gpt2"), "lora_targets": ["c_attn"]}
+    with pytest.raises(UserError, match=r"--rules .* does not work with --model .*GPT2LMHeadModel"):
+        train(train_config(options, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
