@@ -4,24 +4,22 @@ Trains a control and an eviction-invariant adapter on the same data, then scores
 cache and with caches that presses have evicted.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import disable_progress_bars
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from scipy.stats import binomtest, bootstrap
 
 from sparsekv.data import build_datasets
 from sparsekv.evaluation.evicted import NO_PRESS, Sample, Score, evaluate_cells
 from sparsekv.evaluation.needle import needle_samples, text_samples
+from sparsekv.evaluation.summary import TASKS, summarize
 from sparsekv.files import write_json, write_text
 from sparsekv.models import load_model, load_tokenizer
 from sparsekv.training.config import TrainConfig
@@ -145,16 +143,12 @@ def write_results(config: DemoConfig, scores: dict[str, list[Score]], out: Path,
     note = (
         f"{config.model}, {fastest_dtype()}; {config.max_steps} steps of {config.batch_size} × {TRAINING_ROW} tokens; "
         f"context {config.context_length} tokens of held-out Python documentation, prefilled with full attention, then "
-        f"evicted; n = {config.num_samples} a cell; seed {config.seed}; [95% interval over samples]; "
-        f"commit {commit() or 'unknown'}."
+        f"evicted; n = {config.num_samples} a cell; seed {config.seed}; [95% interval over samples, those of the last "
+        f"column paired]; commit {commit() or 'unknown'}."
     )
     text = [f"# SparseKV demo\n\n{note}\n"]
-    for task, title, figure in (
-        ("needle", "Needle: number found after eviction, % (higher is better)", found_share),
-        ("text", "Text: perplexity of what follows (lower is better)", perplexity),
-    ):
-        header = ["cell", *scores]
-        body = [[cell_name(*cell), *(figure(select(s, task, *cell)) for s in scores.values())] for cell in CELLS]
+    for task, title in TASKS.items():
+        header, *body = summarize(task, scores, CELLS)
         table = Table(*header, title=title)
         for row in body:
             table.add_row(*row)
@@ -165,27 +159,3 @@ def write_results(config: DemoConfig, scores: dict[str, list[Score]], out: Path,
     write_text(out / "results.md", "\n".join(text))
     write_json(out / "results.json", {name: [vars(score) for score in group] for name, group in scores.items()})
     console.print(f"written: {out / 'results.md'}")
-
-
-def select(scores: Sequence[Score], task: str, press: str, ratio: float) -> list[Score]:
-    """One cell's scores on one task."""
-    return [s for s in scores if (s.task, s.press, s.compression_ratio) == (task, press, ratio)]
-
-
-def cell_name(press: str, ratio: float) -> str:
-    """`snapkv, 30% evicted`."""
-    return "full cache" if press == NO_PRESS else f"{press}, {ratio:.0%} evicted"
-
-
-def found_share(scores: Sequence[Score]) -> str:
-    """Share of exact answers in percent, with the Wilson interval."""
-    found = sum(score.exact for score in scores)
-    interval = binomtest(found, len(scores)).proportion_ci(method="wilson")
-    return f"{found / len(scores):.0%} [{interval.low:.0%}, {interval.high:.0%}]"
-
-
-def perplexity(scores: Sequence[Score]) -> str:
-    """exp(mean nats a token), with a bootstrap interval over samples."""
-    nll = np.array([score.nll for score in scores])
-    interval = bootstrap((nll,), np.mean, rng=0, method="percentile").confidence_interval
-    return f"{math.exp(nll.mean()):.2f} [{math.exp(interval.low):.2f}, {math.exp(interval.high):.2f}]"
