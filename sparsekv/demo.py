@@ -99,7 +99,7 @@ def training_config(config: DemoConfig, folder: Path, control: bool) -> TrainCon
         data={"pydoc": 0.5, "recall": 0.5},
         max_seq_len=TRAINING_ROW,
         num_train_samples=config.max_steps * config.batch_size,
-        num_validation_samples=4,
+        num_validation_samples=8,
         max_steps=config.max_steps,
         batch_size=config.batch_size,
         grad_accum=1,

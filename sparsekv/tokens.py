@@ -19,10 +19,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import platformdirs
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+
+from sparsekv.files import cache_folder
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -94,7 +95,7 @@ def classify_vocabulary(
     special = {i for i in special if 0 <= i < size}
 
     key = _fingerprint(tokenizer, vocab, size, special, extra_punctuation)
-    path = platformdirs.user_cache_path("sparsekv", appauthor=False) / "tokens" / f"{key}.safetensors"
+    path = cache_folder() / "tokens" / f"{key}.safetensors"
     classes = _read_cache(path, size)
     if classes is None:
         classes = _classify(tokenizer, vocab, size, special, extra_punctuation)

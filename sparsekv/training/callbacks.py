@@ -2,6 +2,8 @@
 
 import json
 import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,10 +19,15 @@ METRICS = "metrics.jsonl"
 
 
 class ScheduleCallback(TrainerCallback):
-    """Steps the keep-ratio schedule once an optimizer step."""
+    """Begins the keep-ratio schedule when the number of steps is known, and steps it once an optimizer step."""
 
-    def __init__(self, schedule: KeepRatioScheduler) -> None:
-        self.schedule = schedule
+    def __init__(self, begin: Callable[[int], KeepRatioScheduler]) -> None:
+        self.begin = begin
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.schedule = self.begin(state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.schedule.step(state.global_step)
@@ -80,6 +87,8 @@ class StopCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # only there may handlers be set
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._on_signal)
 
@@ -90,8 +99,7 @@ class StopCallback(TrainerCallback):
         if self.stopped:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def restore(self) -> None:
+        """Give the signals back, also after a run that failed."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

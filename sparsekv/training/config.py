@@ -241,6 +241,10 @@ class TrainConfig(EITConfig):
         for flag in ("lora_r", "eval_steps", "weight_decay", "max_grad_norm"):
             value = getattr(self, flag)
             _require(value >= 0, f"--{flag} {value}: must be at least 0")
+        _require(
+            self.scheduler_mode != "adaptive" or self.eval_steps > 0,
+            "--eval_steps 0: --scheduler_mode adaptive needs evaluations",
+        )
         _require(self.logging_steps >= 1, f"--logging_steps {self.logging_steps}: must be at least 1")
         for flag in ("lr", "lora_alpha"):
             value = getattr(self, flag)

@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, default_data_collator
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparsekv.errors import UserError
 from sparsekv.files import write_json, writing
 from sparsekv.training.anchor import AnchorSelector
+from sparsekv.training.callbacks import ScheduleCallback
 from sparsekv.training.config import EITConfig
 from sparsekv.training.kv_dropout import KVDropoutContext, base_of
 from sparsekv.training.loss import IGNORE_INDEX, distillation_loss
 from sparsekv.training.meter import Meter
 from sparsekv.training.plan import EvictionPlan
+from sparsekv.training.scheduler import KeepRatioScheduler
 
 SCHEDULER_STATE = "scheduler_state.json"
 STAGING = ".staging"
@@ -69,7 +72,9 @@ class EITTrainer(Trainer):
         if self._needs_teacher and teacher is None and not hasattr(model, "disable_adapter"):
             raise ValueError("training every parameter with a KL term needs `teacher`, a frozen copy of the base")
         self.selector = AnchorSelector(config.anchors, tokenizer, self.base.config, self.base.generation_config)
-        self.schedule = config.make_schedule(total_steps=1)  # remade when the number of steps is known
+        self.schedule = config.make_schedule(total_steps=1)  # remade when training begins and its steps are known
+        self._resumed_schedule: dict[str, Any] | None = None
+        self.add_callback(ScheduleCallback(self.begin_schedule))
         self.sampler = config.make_sampler()
         self._staging: str | None = None
         self._logged_step = 0
@@ -154,14 +159,17 @@ class EITTrainer(Trainer):
 
     # ---- schedule, logs, evaluation ----
 
-    def set_total_steps(self, total_steps: int) -> None:
-        """Give the schedule its length; called once, before training or resuming."""
+    def begin_schedule(self, total_steps: int) -> KeepRatioScheduler:
+        """The schedule over `total_steps` optimizer steps, continued where a checkpoint left it."""
         self.schedule = self.config.make_schedule(total_steps)
+        if self._resumed_schedule is not None:
+            self.schedule.load_state_dict(self._resumed_schedule)
+        self._logged_step = self.schedule.global_step
+        return self.schedule
 
     def load_schedule(self, checkpoint: Path) -> None:
-        """Continue the schedule from a checkpoint's state."""
-        self.schedule.load_state_dict(json.loads((checkpoint / SCHEDULER_STATE).read_text(encoding="utf-8")))
-        self._logged_step = self.schedule.global_step
+        """Let training continue the schedule from a checkpoint's state."""
+        self._resumed_schedule = json.loads((checkpoint / SCHEDULER_STATE).read_text(encoding="utf-8"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the training figures since the last log line."""
@@ -194,13 +202,14 @@ class EITTrainer(Trainer):
         ratios = {"full": None, "evicted": self.config.min_keep_ratio}
         if self.config.scheduler_mode == "adaptive":
             ratios["current"] = self.schedule.keep_ratio
+        was_training = self.base.training
         self.base.eval()
         loader = list(self.get_eval_dataloader(eval_dataset))
         metrics = {}
         with self.meter.paused():
             for name, ratio in ratios.items():
                 metrics[f"{metric_key_prefix}_{name}_ppl"] = math.exp(min(self._mean_nll(loader, ratio), 700))
-        self.base.train()
+        self.base.train(was_training)
         if self.config.scheduler_mode == "adaptive":
             if self.schedule.needs_reference:
                 self.schedule.set_reference(metrics[f"{metric_key_prefix}_full_ppl"])
@@ -212,11 +221,12 @@ class EITTrainer(Trainer):
     def _mean_nll(self, batches: list[dict[str, Tensor]], keep_ratio: float | None) -> float:
         """Nats a token of the suffix after one cut in the middle of the range, over all processes."""
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        processes, process = self.accelerator.num_processes, self.accelerator.process_index
         for number, batch in enumerate(batches):
             inputs = self._prepare_inputs(batch)
             length = inputs["input_ids"].shape[1]
             cut = round(length * (self.config.min_cut + self.config.max_cut) / 2)
-            plan = self._eval_plan(number, cut, keep_ratio)
+            plan = self._eval_plan(number * processes + process, cut, keep_ratio)
             first_query = cut if self.config.geometry == "two_region" else 0
             labels, _ = loss_tokens(inputs["input_ids"], inputs.get("attention_mask"), first_query)
             with KVDropoutContext(self.base, plan, self.selector):
@@ -243,9 +253,6 @@ class EITTrainer(Trainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if (out / name).exists():  # a stop asked for just after a save: the step's state is already there
             return
-        best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        if best == name or (out / best).exists():
-            self.state.best_model_checkpoint = str(out / best)
         self._staging = str(out / STAGING)
         try:
             with self.meter.paused(), writing(out):
@@ -253,6 +260,9 @@ class EITTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     staged = out / STAGING / name
+                    if self.state.best_model_checkpoint == str(staged):
+                        self.state.best_model_checkpoint = str(out / name)
+                        self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
                     write_json(staged / SCHEDULER_STATE, self.schedule.state_dict())
                     os.replace(staged, out / name)
         finally:
@@ -301,12 +311,15 @@ def run_with_loss(
 
     def replace_logits(head: nn.Module, args: tuple, output: Tensor) -> Tensor:
         handle.remove()  # `head_loss` calls the head itself
-        return head_loss(found["hidden"], head)
+        found["loss"] = head_loss(found["hidden"], head)
+        return found["loss"]
 
     handle = base.get_output_embeddings().register_forward_hook(replace_logits)
     try:
         with _capture(base, found):
-            return model(**_forward_inputs(inputs)).logits
+            output = model(**_forward_inputs(inputs)).logits
+        loss = found["loss"]
+        return output.to(loss.dtype) + (loss - output).detach()  # FSDP rounds outputs to bfloat16
     finally:
         handle.remove()
 

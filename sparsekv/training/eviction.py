@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,9 +21,10 @@ from sparsekv.training.plan import EvictionPlan
 from sparsekv.training.rules import LayerContext, PositionEmbeddings, layer_of, make_rule
 
 
-@dataclass
 class ForwardEviction:
     """One forward pass under a plan: decides each layer's `keep` once, and remembers it for the backward pass.
+
+    Not a dataclass: FSDP2 casts its inputs and would hand every layer another copy.
 
     Parameters
     ----------
@@ -33,23 +33,26 @@ class ForwardEviction:
     input_ids : Long[B, L]
     real : Bool[B, L], optional
         False at padding.
+
+    Attributes
+    ----------
+    keeps : dict of layer → list of Bool[B, G, cut]
+    counts : dict of layer → list of int or None
+        Entries that each head of each row keeps at a cut; None when that differs.
+    recomputed : bool
+        Whether a layer came a second time, as in the backward pass under gradient checkpointing.
     """
 
-    plan: EvictionPlan
-    selector: AnchorSelector
-    input_ids: Tensor
-    real: Tensor | None
-    keeps: dict[int, list[Tensor]] = field(default_factory=dict)
-    counts: dict[int, list[int | None]] = field(default_factory=dict)
-    recomputed: bool = False
-
-    def __post_init__(self) -> None:
-        length = self.input_ids.shape[1]
-        if self.plan.cuts and self.plan.cuts[-1] >= length:
-            raise ValueError(f"cut {self.plan.cuts[-1]} leaves no suffix in {length} tokens")
-        random_rules = {"random", "anchor_random"} & set(self.plan.rules)
-        seeds = row_seeds(self.input_ids, self.real, self.plan.seed) if random_rules else [0] * len(self.input_ids)
-        self._row_seeds = seeds
+    def __init__(self, plan: EvictionPlan, selector: AnchorSelector, input_ids: Tensor, real: Tensor | None) -> None:
+        length = input_ids.shape[1]
+        if plan.cuts and plan.cuts[-1] >= length:
+            raise ValueError(f"cut {plan.cuts[-1]} leaves no suffix in {length} tokens")
+        self.plan, self.selector, self.input_ids, self.real = plan, selector, input_ids, real
+        self.keeps: dict[int, list[Tensor]] = {}
+        self.counts: dict[int, list[int | None]] = {}
+        self.recomputed = False
+        random_rules = {"random", "anchor_random"} & set(plan.rules)
+        self._row_seeds = row_seeds(input_ids, real, plan.seed) if random_rules else [0] * len(input_ids)
         self._layer_inputs: dict[int, tuple[Tensor, PositionEmbeddings]] = {}
 
     def stash(self, module: nn.Module, hidden_states: Tensor, position_embeddings: PositionEmbeddings) -> None:
@@ -68,7 +71,7 @@ class ForwardEviction:
         cuts = self.plan.cuts or (key.shape[2],)
         hidden_states, rotary = self._layer_inputs.pop(layer)
         decided = []
-        with scoring(module, self.plan.seed + layer):
+        with scoring(module, key.device, self.plan.seed + layer):
             for name, ratio, cut in zip(self.plan.rules, self.plan.keep_ratios, cuts, strict=True):
                 context = LayerContext(
                     module=module,
@@ -165,12 +168,12 @@ def slides(module: nn.Module, length: int) -> bool:
 
 
 @contextlib.contextmanager
-def scoring(module: nn.Module, seed: int) -> Iterator[None]:
+def scoring(module: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
     """A press scores as it will at inference, without gradient or dropout, and leaves the random state untouched.
 
     Presses that sketch at random (leverage, compactor) draw from `seed`.
     """
-    was_training, device = module.training, next(module.parameters()).device
+    was_training = module.training
     module.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):

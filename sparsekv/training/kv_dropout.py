@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from sparsekv.attention import combine_masks, repeat_heads
+from sparsekv.errors import UserError
 from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.eviction import ForwardEviction, begin_forward, slides
 from sparsekv.training.plan import EvictionPlan
@@ -81,6 +82,9 @@ class KVDropoutContext:
             )
 
     def _enter(self, stack: contextlib.ExitStack, decoder: nn.Module) -> None:
+        if not self.base._supports_sdpa:
+            kind = type(self.base).__name__
+            raise UserError(f"--model: {kind} does not support SDPA attention, which eviction is built on")
         register()
         stack.callback(setattr, F, "scaled_dot_product_attention", F.scaled_dot_product_attention)
         F.scaled_dot_product_attention = unpatched_sdpa  # the patch of an outer SDPAKVDropout rests
@@ -198,8 +202,8 @@ def evicted_attention_forward(
         )
     if query.shape[2] != key.shape[2]:
         raise ValueError(f"eviction in training needs whole sequences: {query.shape[2]} queries, {key.shape[2]} keys")
-    if kwargs.get("softcap") is not None:
-        raise ValueError("attention logits with a soft cap are not supported")
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ValueError("attention with a soft cap or learned sinks is not supported")
     out = eviction.attend(module, query, key, value, attention_mask, scaling, dropout)
     return out.transpose(1, 2).contiguous(), None
 

@@ -41,7 +41,8 @@ class Meter:
 
     def __init__(self, model: PreTrainedModel, trains_all: bool) -> None:
         embedding: Any = model.get_input_embeddings()
-        parameters = sum(p.numel() for p in model.parameters()) - embedding.weight.numel()
+        tied = model.config.get_text_config().tie_word_embeddings  # then the same weights are the head's
+        parameters = sum(p.numel() for p in model.parameters()) - (0 if tied else embedding.weight.numel())
         # 2 FLOPs a parameter and token each for teacher, student and the gradient of activations; one more for the
         # gradient of weights when they are trained. Attention's own work is left out.
         self.flops_per_token = 2 * parameters * (4 if trains_all else 3)

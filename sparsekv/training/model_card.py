@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from sparsekv.demo_model import DEMO_MODEL
+
 TEMPLATE = """\
 ---
 base_model: {base}
@@ -33,6 +35,8 @@ and evicted to a keep ratio of {min_keep_ratio} by the training rules in turn ({
 | before training | {full_before} | {evicted_before} |
 | after {steps} steps | {full_after} | {evicted_after} |
 
+Lowest evicted perplexity of all evaluations: {best_ppl} at step {best_step}. This folder holds the last step.
+
 Data: {data}; {samples} validation rows of {length} tokens; seed {seed}; one run, no interval; {seconds:.0f} s since the
 last start. Read a gain against a control run (`--control`: same data, steps and loss, no eviction), not the base.
 """
@@ -44,6 +48,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
+
+USAGE_DEMO_MODEL = """\
+from peft import PeftModel
+from sparsekv.models import load_model, load_tokenizer
+
+model = PeftModel.from_pretrained(load_model("{base}"), "path/to/this/folder")
+tokenizer = load_tokenizer("{base}")"""
 
 USAGE_MODEL = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -65,6 +76,9 @@ def model_card(record: dict[str, Any], log_history: list[dict[str, float]]) -> s
     evaluations = [line for line in log_history if "eval_full_ppl" in line]
     before, after = evaluations[0], evaluations[-1]
     usage = USAGE_ADAPTER if config["lora_r"] else USAGE_MODEL
+    if config["lora_r"] and config["model"] == DEMO_MODEL:
+        usage = USAGE_DEMO_MODEL
+    best = min(evaluations, key=lambda line: line["eval_evicted_ppl"])
     return TEMPLATE.format(
         base=config["model"],
         library="peft" if config["lora_r"] else "transformers",
@@ -75,14 +89,16 @@ def model_card(record: dict[str, Any], log_history: list[dict[str, float]]) -> s
         commit=record["commit"] or "unknown",
         usage=usage.format(base=config["model"]),
         min_keep_ratio=config["min_keep_ratio"],
-        rules=", ".join(sorted(config["rules"])),
+        rules=", ".join(sorted(config["rules"])[: record["validation_rows"]]),
         full_before=f"{before['eval_full_ppl']:.3f}",
         evicted_before=f"{before['eval_evicted_ppl']:.3f}",
         full_after=f"{after['eval_full_ppl']:.3f}",
         evicted_after=f"{after['eval_evicted_ppl']:.3f}",
         steps=record["steps"],
+        best_ppl=f"{best['eval_evicted_ppl']:.3f}",
+        best_step=best["step"],
         data=describe_data(config["data"]),
-        samples=config["num_validation_samples"],
+        samples=record["validation_rows"],
         length=config["max_seq_len"],
         seed=config["seed"],
         seconds=record["seconds"],

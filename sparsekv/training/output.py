@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekv.errors import UserError
-from sparsekv.files import write_json, write_text, writing
+from sparsekv.files import readable, write_json, write_text, writing
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import SCHEDULER_STATE, STAGING, EITTrainer
 from sparsekv.training.model_card import model_card
@@ -116,7 +116,7 @@ def save_final(trainer: EITTrainer, out: Path, record: dict[str, Any]) -> None:
 
 def _finish(trainer: EITTrainer, staged: Path, out: Path, record: dict[str, Any]) -> None:
     for weights in staged.glob("*.safetensors"):
-        weights.chmod(0o644)  # written for their owner alone; results are for a team
+        readable(weights)
     (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; eit_config.json says the same in plain text
     write_json(staged / RUN_CONFIG, record)
     write_json(staged / SCHEDULER_STATE, trainer.schedule.state_dict())

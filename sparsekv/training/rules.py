@@ -120,7 +120,9 @@ class AnchorRandomRule:
 
     def keep(self, context: LayerContext) -> tuple[Tensor, int | None]:
         anchors = self.selector(context.input_ids, context.real).to(context.keys.device)
-        generators = row_generators(context.row_seeds, layer_of(context.module), context.keys.device)
+        rows, length = context.input_ids.shape
+        lengths = [length] * rows if context.real is None else context.real.sum(-1).tolist()
+        generators = row_generators(context.row_seeds, layer_of(context.module), lengths, context.keys.device)
         heads = context.keys.shape[1]
         keep = build_kv_mask_from_anchors(anchors, self.keep_ratio, heads, generators, context.real)
         counts = keep.sum(-1).flatten().tolist()  # rows whose anchors exceed the budget keep more than the others
@@ -143,7 +145,8 @@ class SeededRandomPress(ScorerPress):
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Uniform float32[B, G, C]."""
-        generators = row_generators(self.row_seeds, layer_of(module), keys.device)
+        lengths = [keys.shape[2]] * len(keys)
+        generators = row_generators(self.row_seeds, layer_of(module), lengths, keys.device)
         return torch.stack([torch.rand(keys.shape[1:3], generator=g, device=keys.device) for g in generators])
 
 
@@ -153,9 +156,12 @@ def layer_of(module: nn.Module) -> int:
     return index
 
 
-def row_generators(row_seeds: Sequence[int], layer: int, device: torch.device) -> list[torch.Generator]:
-    """One generator a row, independent across rows and layers."""
-    return [torch.Generator(device).manual_seed((seed * 1_000_003 + layer) % 2**63) for seed in row_seeds]
+def row_generators(
+    row_seeds: Sequence[int], layer: int, lengths: Sequence[int], device: torch.device
+) -> list[torch.Generator]:
+    """One generator a row, independent across rows, layers and cuts (by the context's `lengths` in real tokens)."""
+    mixed = [seed * 1_000_003 + layer * 65_537 + length for seed, length in zip(row_seeds, lengths, strict=True)]
+    return [torch.Generator(device).manual_seed(seed % 2**63) for seed in mixed]
 
 
 def shortest_context(press: ScorerPress) -> int:

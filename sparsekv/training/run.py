@@ -1,6 +1,5 @@
 """From a TrainConfig to an adapter on disk."""
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from transformers.integrations import get_available_reporting_integrations
 
 from sparsekv.data import build_datasets, parse_sources
 from sparsekv.errors import UserError
-from sparsekv.models import attach_lora, load_model, load_tokenizer
-from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, ScheduleCallback, StopCallback
+from sparsekv.models import PLACEMENTS, attach_lora, load_model, load_tokenizer
+from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, StopCallback
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.kv_dropout import KVDropoutContext
@@ -64,7 +63,7 @@ def train(config: TrainConfig) -> Path | None:
     )
     set_seed(config.seed)  # the adapter's initialisation does not depend on how the data was read
     model, teacher = _student_and_teacher(base, config)
-    record = run_record(config, fingerprint)
+    record = run_record(config, fingerprint) | {"validation_rows": len(rows[1])}
     check_same_data(out, fingerprint)
     with removed_if_unused(out):
         trainer = _make_trainer(model, teacher, tokenizer, config, args, rows)
@@ -81,7 +80,10 @@ def _run(trainer: EITTrainer, out: Path, record: dict[str, Any], checkpoint: Pat
     if checkpoint is not None:
         trainer.load_schedule(checkpoint)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        stop.restore()
     if stop.stopped:
         return None
     if not trainer.evaluated():
@@ -105,7 +107,9 @@ def _check_architecture(trainer: EITTrainer, config: TrainConfig, rows: Dataset)
         try:
             with torch.no_grad(), KVDropoutContext(trainer.base, plan, trainer.selector) as eviction:
                 trainer.base.get_decoder()(input_ids=ids)
-        except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # whatever a press or an attention of another kind may raise
             kind = type(trainer.base).__name__
             raise UserError(f"--rules {rule}: does not work with --model {config.model}, {kind}: {error}") from error
         if eviction.last is not None:
@@ -147,11 +151,6 @@ def _make_trainer(
         train_dataset=rows[0],
         eval_dataset=rows[1],
     )
-    steps_an_epoch = math.ceil(len(rows[0]) / (config.batch_size * config.grad_accum * args.world_size))
-    trainer.set_total_steps(
-        config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_an_epoch)
-    )
-    trainer.add_callback(ScheduleCallback(trainer.schedule))
     trainer.add_callback(IntervalsCallback())
     trainer.add_callback(MetricsCallback(config.output_dir))
     return trainer
@@ -163,20 +162,22 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     for name in config.report_to:
         if name not in loggers:
             raise UserError(f"--report_to {name}: not known or not installed; here is {', '.join(loggers) or 'none'}")
+    # Apple's GPUs lack float64 and a fast masked attention: train on their CPUs.
+    use_cpu = config.device_map == "cpu" or not torch.cuda.is_available()
     args = TrainingArguments(
         output_dir=config.output_dir,
         max_steps=config.max_steps,
         num_train_epochs=config.num_train_epochs,
         per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
+        per_device_eval_batch_size=1,  # each row its own rule, whatever the batch size
         gradient_accumulation_steps=config.grad_accum,
         learning_rate=config.lr,
         lr_scheduler_type="cosine",
         warmup_steps=config.lr_warmup_fraction,  # below 1: a share of the steps
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        bf16=torch.cuda.is_available() and config.device_map != "cpu" and config.dtype != "float32",
-        use_cpu=config.device_map == "cpu",
+        bf16=not use_cpu and config.dtype in ("auto", "bfloat16") and torch.cuda.is_bf16_supported(False),
+        use_cpu=use_cpu,
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=config.logging_steps,
@@ -194,6 +195,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
     )
+    if args.world_size > 1 and config.device_map in PLACEMENTS:
+        raise UserError(f"--device_map {config.device_map}: one process a GPU was launched; drop it, or the launcher")
     if args.n_gpu > 1:  # several GPUs in one process: transformers would use DataParallel, which knows no eviction
         args._n_gpu = 1
     if args.device.type == "cpu":  # accelerate's name for it is cpu:0, from where torch.load can resume nothing

@@ -69,6 +69,8 @@ def work(jobs: list[dict]):
         def make_trainer(*args, job=job):
             trainer = plain(*args)
             assert trainer.is_fsdp_enabled == ("environment" in job)
+            if job.get("bf16"):
+                trainer.accelerator.state.fsdp_plugin.set_mixed_precision("bf16")
             if job.get("stop"):
                 trainer.add_callback(StopOne())
             return trainer
@@ -111,6 +113,7 @@ def runs(tmp_path_factory) -> Path:
         {"output_dir": "stopped", "options": two, "stop": True},
         {"output_dir": "stopped", "options": {**two, "resume": True}},
         {"output_dir": "fsdp", "options": two, "environment": FSDP},
+        {"output_dir": "fsdp_bf16", "options": two, "environment": FSDP, "bf16": True},
         {"output_dir": "fsdp_stopped", "options": two, "environment": FSDP, "stop": True},
         {"output_dir": "fsdp_stopped", "options": {**two, "resume": True}, "environment": FSDP},
         {"output_dir": "ddp_every", "options": {**two, **every}},
@@ -161,3 +164,12 @@ def test_every_parameter(runs, name):
 
 if __name__ == "__main__":
     work(json.loads(Path(sys.argv[1]).read_text()))
+
+
+def test_sharding_in_bf16_evicts_and_keeps_the_loss_in_fp32(runs):
+    """Its policy casts what goes into a layer and rounds what comes out of the model: neither may reach ours."""
+    for line, other in zip(metrics(runs / "one"), metrics(runs / "fsdp_bf16"), strict=True):
+        for figure in line.keys() & {"loss", "ce", "actual_keep_ratio", "eval_full_ppl", "eval_evicted_ppl"}:
+            assert other[figure] == pytest.approx(line[figure], rel=1e-2), figure
+        for figure in other.keys() & {"loss", "eval_full_ppl"}:
+            assert torch.tensor(other[figure]).bfloat16().item() != other[figure], figure

@@ -13,7 +13,6 @@ from sparsekv.errors import UserError
 from sparsekv.models import attach_lora
 from sparsekv.training import eit_trainer
 from sparsekv.training.anchor import AnchorConfig
-from sparsekv.training.callbacks import ScheduleCallback
 from sparsekv.training.config import EITConfig
 from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.kv_dropout import KVDropoutContext
@@ -57,10 +56,7 @@ def make_trainer(tmp_path, tokenizer, config, *, data=None, model=None, dropout=
         "disable_tqdm": True,
     }
     args = TrainingArguments(**{**defaults, **arguments})
-    trainer = EITTrainer(model, config, tokenizer, args, train_dataset=data or rows(32))
-    trainer.set_total_steps(3)
-    trainer.add_callback(ScheduleCallback(trainer.schedule))
-    return trainer
+    return EITTrainer(model, config, tokenizer, args, train_dataset=data or rows(32))
 
 
 def one_step(trainer: EITTrainer, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

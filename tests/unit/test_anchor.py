@@ -24,7 +24,7 @@ STATIC = {0, 1, 2, 3}  # special and punctuation
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens.platformdirs, "user_cache_path", lambda *args, **kwargs: folder)
+        patch.setattr(tokens, "cache_folder", lambda: folder)
         backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCAB)}, unk_token="<unk>"))
         yield PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
 

@@ -16,7 +16,14 @@ LOG = [
 
 def card(**changes) -> str:
     config = dataclasses.asdict(TrainConfig(model="org/base-1b", output_dir="o", **changes))
-    record = {"config": config, "versions": {"sparsekv": "9.8.7"}, "commit": "abc", "steps": 4, "seconds": 65.4}
+    record = {
+        "config": config,
+        "versions": {"sparsekv": "9.8.7"},
+        "commit": "abc",
+        "steps": 4,
+        "seconds": 65.4,
+        "validation_rows": 7,
+    }
     return model_card(record, LOG)
 
 
@@ -28,7 +35,15 @@ def test_figures_are_those_of_the_run():
     text = card(seed=5, num_validation_samples=7, max_seq_len=333, min_keep_ratio=0.25)
     assert "| before training | 10.000 | 20.500 |" in text
     assert "| after 4 steps | 8.123 | 11.988 |" in text
-    for figure in ("9.8.7", "commit abc", "7 validation rows of 333 tokens", "seed 5", "65 s", "keep ratio of 0.25"):
+    for figure in (
+        "9.8.7",
+        "commit abc",
+        "7 validation rows of 333 tokens",
+        "11.988 at step 4",
+        "seed 5",
+        "65 s",
+        "keep ratio of 0.25",
+    ):
         assert figure in " ".join(text.split()), figure
 
 

@@ -19,7 +19,7 @@ MULTIBYTE_PUNCTUATION = "“”‘’…—。，《》"
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens.platformdirs, "user_cache_path", lambda *args, **kwargs: tmp_path / "cache")
+    monkeypatch.setattr(tokens, "cache_folder", lambda: tmp_path / "cache")
     return tmp_path / "cache" / "tokens"
 
 
