@@ -131,6 +131,7 @@ def two_region_attention(
     -------
     [B, H, L, D]
     """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves them in fp32 after the rotary embedding
     first = slice(cuts[0])
     out = [causal_attention(query[:, :, first], key[:, :, first], value[:, :, first], scaling, dropout)]
     for keep, count, start, stop in zip(keeps, counts, cuts, [*cuts[1:], query.shape[2]], strict=True):

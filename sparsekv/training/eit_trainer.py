@@ -319,7 +319,8 @@ def run_with_loss(
         with _capture(base, found):
             output = model(**_forward_inputs(inputs)).logits
         loss = found["loss"]
-        return output.to(loss.dtype) + (loss - output).detach()  # FSDP rounds outputs to bfloat16
+        output = output.to(loss)  # accelerate may have moved it, FSDP rounds it to bfloat16
+        return output + (loss - output).detach()
     finally:
         handle.remove()
 

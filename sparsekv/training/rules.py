@@ -122,7 +122,7 @@ class AnchorRandomRule:
         anchors = self.selector(context.input_ids, context.real).to(context.keys.device)
         rows, length = context.input_ids.shape
         lengths = [length] * rows if context.real is None else context.real.sum(-1).tolist()
-        generators = row_generators(context.row_seeds, layer_of(context.module), lengths, context.keys.device)
+        generators = row_generators(context.row_seeds, layer_of(context.module), lengths)
         heads = context.keys.shape[1]
         keep = build_kv_mask_from_anchors(anchors, self.keep_ratio, heads, generators, context.real)
         counts = keep.sum(-1).flatten().tolist()  # rows whose anchors exceed the budget keep more than the others
@@ -146,8 +146,8 @@ class SeededRandomPress(ScorerPress):
     ) -> Tensor:
         """Uniform float32[B, G, C]."""
         lengths = [keys.shape[2]] * len(keys)
-        generators = row_generators(self.row_seeds, layer_of(module), lengths, keys.device)
-        return torch.stack([torch.rand(keys.shape[1:3], generator=g, device=keys.device) for g in generators])
+        generators = row_generators(self.row_seeds, layer_of(module), lengths)
+        return torch.stack([torch.rand(keys.shape[1:3], generator=g) for g in generators]).to(keys.device)
 
 
 def layer_of(module: nn.Module) -> int:
@@ -156,12 +156,13 @@ def layer_of(module: nn.Module) -> int:
     return index
 
 
-def row_generators(
-    row_seeds: Sequence[int], layer: int, lengths: Sequence[int], device: torch.device
-) -> list[torch.Generator]:
-    """One generator a row, independent across rows, layers and cuts (by the context's `lengths` in real tokens)."""
+def row_generators(row_seeds: Sequence[int], layer: int, lengths: Sequence[int]) -> list[torch.Generator]:
+    """One generator a row, independent across rows, layers and cuts (by the context's `lengths` in real tokens).
+
+    On the CPU, so that a run draws the same on every device.
+    """
     mixed = [seed * 1_000_003 + layer * 65_537 + length for seed, length in zip(row_seeds, lengths, strict=True)]
-    return [torch.Generator(device).manual_seed(seed % 2**63) for seed in mixed]
+    return [torch.Generator().manual_seed(seed % 2**63) for seed in mixed]
 
 
 def shortest_context(press: ScorerPress) -> int:

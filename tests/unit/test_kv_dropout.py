@@ -537,3 +537,13 @@ def test_kvpress_is_unaffected_by_a_context_that_was_used(context_class, model, 
         after = [pressed_logits(model, press, ids) for press in presses]
     assert all(map(torch.equal, before, after))
     assert torch.equal(logits(model, ids, context_class(model, plan_for("knorm"), selector)), training)
+
+
+@pytest.mark.parametrize("geometry", PLANS)
+def test_autocast(geometry, model, selector, ids):
+    """Under autocast the rotary embedding makes queries and keys fp32 beside bf16 values."""
+    wanted = logits(model, ids, KVDropoutContext(model, PLANS[geometry], selector))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = logits(model, ids, KVDropoutContext(model, PLANS[geometry], selector))
+    assert got.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(got.float(), wanted, dim=-1).mean() > 0.99
