@@ -78,15 +78,19 @@ def run(name: str, values: dict[str, Any]) -> int:
     else:
         from sparsekv.demo import DemoConfig, demo
 
-        demo(DemoConfig(**values))
+        if not demo(DemoConfig(**values)):
+            print("stopped; the same command continues", file=sys.stderr)
+            return STOPPED
     return 0
 
 
 def spell_out_switches(arguments: Sequence[str]) -> list[str]:
     """`--resume` → `--resume true`, for every option that is true or false."""
+    from sparsekv.training.anchor import AnchorConfig
     from sparsekv.training.config import TrainConfig
 
     switches = {f"--{field.name}" for field in dataclasses.fields(TrainConfig) if field.type is bool}
+    switches |= {f"--anchors.{field.name}" for field in dataclasses.fields(AnchorConfig) if field.type == "bool"}
     spelled: list[str] = []
     for argument, following in itertools.pairwise([*arguments, "--"]):
         spelled.append(argument)

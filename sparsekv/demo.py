@@ -17,6 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from sparsekv.data import build_datasets
+from sparsekv.errors import UserError
 from sparsekv.evaluation.evicted import NO_PRESS, Sample, Score, evaluate_cells
 from sparsekv.evaluation.needle import needle_samples, text_samples
 from sparsekv.evaluation.summary import TASKS, summarize
@@ -63,9 +64,15 @@ class DemoConfig:
     context_length: int = 320
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for flag, least in (("max_steps", 1), ("batch_size", 1), ("num_samples", 2), ("context_length", 96)):
+            value = getattr(self, flag)
+            if value < least:
+                raise UserError(f"--{flag} {value}: must be at least {least}")
 
-def demo(config: DemoConfig) -> None:
-    """Train, evaluate, print the table and write `results.md` and `results.json` into the output folder."""
+
+def demo(config: DemoConfig) -> bool:
+    """Train, evaluate, print the tables and write `results.md` and `results.json`; False when a signal stopped it."""
     disable_progress_bars()
     console = Console()
     out = Path(config.output_dir)
@@ -75,8 +82,7 @@ def demo(config: DemoConfig) -> None:
         if not (folder / FINAL).exists():
             console.rule(f"training: {name} ({config.max_steps} steps of {config.batch_size} × {TRAINING_ROW} tokens)")
             if train(training_config(config, folder, control=name == "control")) is None:
-                console.print("stopped; the same command continues")
-                return
+                return False
         adapters[name] = str(folder / FINAL)
     samples = evaluation_samples(config)
     console.rule(f"evaluating: {len(adapters)} models × {len(CELLS)} cells × {len(samples)} samples")
@@ -87,6 +93,7 @@ def demo(config: DemoConfig) -> None:
             for name, adapter in adapters.items()
         }
     write_results(config, scores, out, console)
+    return True
 
 
 def training_config(config: DemoConfig, folder: Path, control: bool) -> TrainConfig:

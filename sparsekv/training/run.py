@@ -50,7 +50,8 @@ def train(config: TrainConfig) -> Path | None:
         return out / FINAL  # resumed, and nothing is left to do
     args.eval_on_start = checkpoint is None
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    base = load_model(config.model, config.dtype, config.device_map, config.trust_remote_code)
+    dtype = "float32" if config.dtype == "auto" and not config.lora_r else config.dtype  # bfloat16 loses small steps
+    base = load_model(config.model, dtype, config.device_map, config.trust_remote_code)
     _check_length(base, config)
     *rows, fingerprint = build_datasets(
         parse_sources(config.data),

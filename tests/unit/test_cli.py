@@ -355,3 +355,10 @@ def test_status_of_a_stop(monkeypatch, capsys):
     assert ended.value.code == cli.STOPPED == 143
     (line,) = messages(capsys.readouterr().err)
     assert "--resume" in line
+
+
+def test_the_switches_of_anchors_stand_alone_too():
+    assert cli.spell_out_switches(["train", "--anchors.use_recent", "--resume"]) == [
+        *("train", "--anchors.use_recent", "true"),
+        *("--resume", "true"),
+    ]
