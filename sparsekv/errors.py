@@ -7,3 +7,9 @@ class UserError(Exception):
     The message is one line: it names the flag or file, the value given, and what would be right. The command line
     prints it and exits with status 2; nothing is left half-written.
     """
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise UserError with the message unless the condition holds."""
+    if not holds:
+        raise UserError(message)

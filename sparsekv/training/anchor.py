@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from kvpress.utils import compute_n_kept
 
 from sparsekv.errors import UserError
 from sparsekv.tokens import TokenClass, classify_vocabulary
@@ -152,10 +153,9 @@ class AnchorSelector:
 def kept_count(length: int, keep_ratio: float) -> int:
     """Number of the `length` tokens that a keep ratio keeps: kvpress's own rounding, at least one.
 
-    Equal to ``kvpress.utils.compute_n_kept(length, 1 - keep_ratio)``, floating point included: kvpress rounds
-    ``length * (1 - compression_ratio)`` down, and 1 − (1 − keep ratio) is not always the keep ratio.
+    kvpress rounds ``length * (1 - compression_ratio)`` down, and 1 − (1 − keep ratio) is not always the keep ratio.
     """
-    return max(1, int(length * (1 - (1 - keep_ratio))))
+    return max(1, compute_n_kept(length, 1 - keep_ratio))
 
 
 def build_kv_mask_from_anchors(

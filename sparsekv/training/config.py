@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import get_args
 
-from sparsekv.errors import UserError
+from sparsekv.errors import require
 from sparsekv.training.anchor import AnchorConfig
 from sparsekv.training.loss import Direction
 from sparsekv.training.plan import Geometry, PlanSampler, RatioDraw
@@ -95,21 +95,21 @@ class EITConfig:
     def __post_init__(self) -> None:
         for flag in ("lambda_kl", "lambda_context"):
             value = getattr(self, flag)
-            _require(0 <= value < math.inf, f"--{flag} {value}: must be at least 0")
-        _require(0 < self.temperature < math.inf, f"--temperature {self.temperature}: must be above 0")
+            require(0 <= value < math.inf, f"--{flag} {value}: must be at least 0")
+        require(0 < self.temperature < math.inf, f"--temperature {self.temperature}: must be above 0")
         for flag, value, choices in (
             ("geometry", self.geometry, get_args(Geometry)),
             ("ratio_draw", self.ratio_draw, get_args(RatioDraw)),
             ("kl_direction", self.kl_direction, get_args(Direction)),
         ):
-            _require(value in choices, f"--{flag} {value!r}: must be one of {', '.join(choices)}")
-        _require(bool(self.rules), "--rules is empty: name at least one rule")
+            require(value in choices, f"--{flag} {value!r}: must be one of {', '.join(choices)}")
+        require(bool(self.rules), "--rules is empty: name at least one rule")
         for name, weight in self.rules.items():
-            _require(0 < weight < math.inf, f"--rules gives {name!r} the weight {weight}: must be above 0")
+            require(0 < weight < math.inf, f"--rules gives {name!r} the weight {weight}: must be above 0")
         if self.geometry == "streaming" and self.rules == default_rules():
             self.rules = {"anchor_random": 1.0}  # the default mixture looks at later tokens
         check_rules(list(self.rules), self.geometry)
-        _require(0 <= self.seed < 2**32, f"--seed {self.seed}: must be at least 0 and below 2**32")
+        require(0 <= self.seed < 2**32, f"--seed {self.seed}: must be at least 0 and below 2**32")
         self.make_schedule(total_steps=1)  # validates its own options
 
     def make_schedule(self, total_steps: int) -> KeepRatioScheduler:
@@ -228,33 +228,26 @@ class TrainConfig(EITConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(bool(self.model), "--model is missing: a Hub name, a local folder, or smollm2-135m")
-        _require(bool(self.output_dir), "--output_dir is missing: the folder of the run")
+        require(bool(self.model), "--model is missing: a Hub name, a local folder, or smollm2-135m")
+        require(bool(self.output_dir), "--output_dir is missing: the folder of the run")
         for flag in ("num_train_samples", "num_validation_samples", "batch_size", "grad_accum", "save_steps"):
             value = getattr(self, flag)
-            _require(value >= 1, f"--{flag} {value}: must be at least 1")
-        _require(self.max_seq_len >= 4, f"--max_seq_len {self.max_seq_len}: must be at least 4 tokens")
-        _require(
-            self.max_steps == -1 or self.max_steps >= 1, f"--max_steps {self.max_steps}: must be at least 1, or -1"
-        )
-        _require(self.num_train_epochs > 0, f"--num_train_epochs {self.num_train_epochs}: must be above 0")
+            require(value >= 1, f"--{flag} {value}: must be at least 1")
+        require(self.max_seq_len >= 4, f"--max_seq_len {self.max_seq_len}: must be at least 4 tokens")
+        require(self.max_steps == -1 or self.max_steps >= 1, f"--max_steps {self.max_steps}: must be at least 1, or -1")
+        require(self.num_train_epochs > 0, f"--num_train_epochs {self.num_train_epochs}: must be above 0")
         for flag in ("lora_r", "eval_steps", "weight_decay", "max_grad_norm"):
             value = getattr(self, flag)
-            _require(value >= 0, f"--{flag} {value}: must be at least 0")
-        _require(
+            require(value >= 0, f"--{flag} {value}: must be at least 0")
+        require(
             self.scheduler_mode != "adaptive" or self.eval_steps > 0,
             "--eval_steps 0: --scheduler_mode adaptive needs evaluations",
         )
-        _require(self.logging_steps >= 1, f"--logging_steps {self.logging_steps}: must be at least 1")
+        require(self.logging_steps >= 1, f"--logging_steps {self.logging_steps}: must be at least 1")
         for flag in ("lr", "lora_alpha"):
             value = getattr(self, flag)
-            _require(0 < value < math.inf, f"--{flag} {value}: must be above 0")
+            require(0 < value < math.inf, f"--{flag} {value}: must be above 0")
         for flag in ("lora_dropout", "lr_warmup_fraction"):
             value = getattr(self, flag)
-            _require(0 <= value < 1, f"--{flag} {value}: must be at least 0 and below 1")
+            require(0 <= value < 1, f"--{flag} {value}: must be at least 0 and below 1")
         self.make_sampler().check(self.max_seq_len)
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise UserError(message)

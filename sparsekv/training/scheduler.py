@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
-from sparsekv.errors import UserError
+from sparsekv.errors import UserError, require
 
 SchedulerMode = Literal["fixed", "curriculum", "adaptive"]
 
@@ -242,20 +242,20 @@ def make_scheduler(
         If a value is out of its range; the message names the flag.
     """
     for flag, ratio in (("--initial_keep_ratio", initial_keep_ratio), ("--min_keep_ratio", min_keep_ratio)):
-        _require(0 < ratio <= 1, f"{flag} {ratio}: must be above 0 and at most 1")
-    _require(
+        require(0 < ratio <= 1, f"{flag} {ratio}: must be above 0 and at most 1")
+    require(
         initial_keep_ratio >= min_keep_ratio,
         f"--initial_keep_ratio {initial_keep_ratio}: must be at least --min_keep_ratio, {min_keep_ratio}",
     )
-    _require(total_steps >= 1, f"--max_steps {total_steps}: must be at least 1")
-    _require(0 <= warmup_fraction < 1, f"--warmup_fraction {warmup_fraction}: must be at least 0 and below 1")
-    _require(
+    require(total_steps >= 1, f"--max_steps {total_steps}: must be at least 1")
+    require(0 <= warmup_fraction < 1, f"--warmup_fraction {warmup_fraction}: must be at least 0 and below 1")
+    require(
         warmup_fraction < reach_fraction <= 1,
         f"--reach_fraction {reach_fraction}: must be above --warmup_fraction, {warmup_fraction}, and at most 1",
     )
-    _require(0 <= ppl_threshold < math.inf, f"--ppl_threshold {ppl_threshold}: must be at least 0")
-    _require(patience >= 1, f"--patience {patience}: must be at least 1")
-    _require(0 < step_size < 1, f"--step_size {step_size}: must be above 0 and below 1")
+    require(0 <= ppl_threshold < math.inf, f"--ppl_threshold {ppl_threshold}: must be at least 0")
+    require(patience >= 1, f"--patience {patience}: must be at least 1")
+    require(0 < step_size < 1, f"--step_size {step_size}: must be above 0 and below 1")
     if mode == "fixed":
         return FixedScheduler(min_keep_ratio)
     if mode == "curriculum":
@@ -263,8 +263,3 @@ def make_scheduler(
     if mode == "adaptive":
         return AdaptiveScheduler(initial_keep_ratio, min_keep_ratio, ppl_threshold, patience, step_size)
     raise UserError(f"--scheduler_mode {mode}: must be fixed, curriculum or adaptive")
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise UserError(message)
