@@ -1,7 +1,7 @@
 """Which entries of a context survive a cut: one rule, one `keep`.
 
 A rule is a press (kvpress's own `score`, so that the rule trained is the rule tested) or the anchors plus a random
-sample. Names: `anchor`, `random`, `anchor_random`, and every key of `sparsekv.presses.PRESSES`.
+sample. Names: `OWN_RULES` and every key of `PRESS_RULES`.
 """
 
 import difflib
@@ -14,11 +14,30 @@ from kvpress import PyramidKVPress, ScorerPress, TOVAPress
 from kvpress.utils import compute_n_kept
 from torch import Tensor, nn
 
+from sparsekv.anchors import AnchorSelector
 from sparsekv.errors import UserError
-from sparsekv.presses import PRESSES, AnchorPress, make_press
-from sparsekv.training.anchor import AnchorSelector, build_kv_mask_from_anchors
+from sparsekv.presses import AnchorPress, make_press
+from sparsekv.training.anchor import build_kv_mask_from_anchors
 
 OWN_RULES = ("anchor", "anchor_random", "random")
+# Rule → press: those with a score for every head of its own. By kvpress's names, `expected_attention` is the press in
+# which heads share a budget.
+PRESS_RULES = {
+    "compactor": "compactor",
+    "critical_expected_attention": "critical_expected_attention",
+    "critical_snapkv": "critical_snapkv",
+    "cur": "cur",
+    "expected_attention": "expected_attention_head",
+    "keydiff": "keydiff",
+    "knorm": "knorm",
+    "lagkv": "lagkv",
+    "leverage": "leverage",
+    "non_causal_attention": "non_causal_attention",
+    "pyramidkv": "pyramidkv",
+    "snapkv": "snapkv",
+    "streaming_llm": "streaming_llm",
+    "tova": "tova",
+}
 PositionEmbeddings = tuple[Tensor, Tensor] | None
 STATIC_RULES = ("anchor", "anchor_random")  # known from token and position alone: the streaming geometry needs that
 
@@ -196,17 +215,20 @@ def make_rule(name: str, keep_ratio: float, selector: AnchorSelector, geometry: 
         selector = selector.without_recent()
         return AnchorRule(selector) if name == "anchor" else AnchorRandomRule(selector, keep_ratio)
     if name == "anchor":
-        return PressRule(AnchorPress(ratio, selector, selector.config.sink_size if selector.config.use_sink else 0))
+        return PressRule(AnchorPress(ratio, anchors=selector.config, selector=selector))
     if name == "random":
         return PressRule(SeededRandomPress(ratio))
     if name == "anchor_random":
         return AnchorRandomRule(selector, keep_ratio)
-    return PressRule(make_press(name, ratio))
+    check_rules([name], geometry)
+    press = make_press(PRESS_RULES[name], ratio)
+    assert isinstance(press, ScorerPress)
+    return PressRule(press)
 
 
 def check_rules(names: Sequence[str], geometry: str) -> None:
     """Raise UserError unless every name is a rule that the geometry can use."""
-    known = sorted({*OWN_RULES, *PRESSES})
+    known = sorted({*OWN_RULES, *PRESS_RULES})
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3) or known

@@ -5,20 +5,20 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from kvpress import BasePress
+from kvpress import BasePress, KVPressTextGenerationPipeline
 from peft import LoraConfig, get_peft_model
 from tiny import make_tiny
 from transformers import DynamicCache
 
 from sparsekv.attention import global_mask
-from sparsekv.presses import PRESSES, make_press
+from sparsekv.presses import make_press
 from sparsekv.training.anchor import AnchorConfig, AnchorSelector
 from sparsekv.training.eviction import ForwardEviction, row_seeds
 from sparsekv.training.kv_dropout import KVDropoutContext, SDPAKVDropout
 from sparsekv.training.plan import EvictionPlan
-from sparsekv.training.rules import LayerContext, Rule, make_rule
+from sparsekv.training.rules import OWN_RULES, PRESS_RULES, LayerContext, Rule, make_rule
 
-RULES = sorted({*PRESSES, "anchor", "anchor_random", "random"})
+RULES = sorted({*PRESS_RULES, *OWN_RULES})
 CUT, LENGTH = 272, 284  # LagKV scores contexts of at least 260 tokens, SnapKV of more than 64
 SEED = 5
 
@@ -38,17 +38,16 @@ class KeepPress(BasePress):
         return keys.gather(2, index), values.gather(2, index)
 
 
-def inference_press(name, ratio, selector, ids):
+def inference_press(name, ratio, selector, ids, tokenizer):
     """The press that evicts at inference what the rule `name` drops in training."""
     if name == "anchor_random":
         return KeepPress(make_rule(name, ratio, selector), ids)
-    if name not in ("anchor", "random"):
-        return make_press(name, 1 - ratio)
-    press = make_rule(name, ratio, selector).press
     if name == "anchor":
-        press.input_ids = ids
-    else:
-        press.row_seeds = row_seeds(ids, None, SEED)
+        return make_press(f"anchor:recent_size={selector.config.recent_size}", 1 - ratio, tokenizer)
+    if name != "random":
+        return make_press(PRESS_RULES[name], 1 - ratio)
+    press = make_rule(name, ratio, selector).press
+    press.row_seeds = row_seeds(ids, None, SEED)
     return press
 
 
@@ -108,17 +107,44 @@ def difference(a, b):
 
 @pytest.mark.parametrize("ratio", [0.3, 0.7])
 @pytest.mark.parametrize("name", RULES)
-def test_training_logits_equal_kvpress_prefill_evict_continue(model, selector, ids, name, ratio):
+def test_training_logits_equal_kvpress_prefill_evict_continue(model, selector, ids, tiny_tokenizer, name, ratio):
     plan = EvictionPlan("two_region", (CUT,), (name,), (ratio,), SEED)
     trained = training_logits(model, plan, selector, ids)
     # PyramidKV's layers keep different numbers, and transformers makes one mask for all: it needs one token a step
     step = 1 if name == "pyramidkv" else None
-    tested = inference_logits(model, inference_press(name, ratio, selector, ids), ids, CUT, LENGTH, step)
+    press = inference_press(name, ratio, selector, ids, tiny_tokenizer)
+    tested = inference_logits(model, press, ids, CUT, LENGTH, step)
     with torch.no_grad():
         full = model(ids).logits
     assert difference(full[:, CUT:], tested) >= 1e-2, "eviction has no effect here: the comparison would prove nothing"
     assert difference(trained[:, CUT:], tested) <= 1e-4
     assert difference(trained[:, :CUT], full[:, :CUT]) <= 1e-4, "the context itself is prefilled with full attention"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ratio", [0.3, 0.7])
+def test_the_anchor_press_keeps_in_kvpress_pipeline_what_the_rule_keeps(model, selector, tiny_tokenizer, ratio):
+    pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=tiny_tokenizer)
+    context, question = "The cat, having seen the dog, ran; then it slept. " * 6, "Why?"
+    evicted, whole = DynamicCache(), DynamicCache()
+    press = inference_press("anchor", ratio, selector, None, tiny_tokenizer)
+    pipeline(context, question=question, press=press, cache=evicted, max_new_tokens=2)
+    ids = pipeline.preprocess(context, [question], "", 10_000)["context_ids"]
+    model.model(ids, past_key_values=whole)
+    for layer, (left, full) in enumerate(zip(evicted.layers, whole.layers, strict=True)):
+        module = model.model.layers[layer].self_attn
+        keep, count = make_rule("anchor", ratio, selector).keep(
+            LayerContext(module, None, full.keys, full.values, None, ids, None, [0])
+        )
+        assert 0 < count < ids.shape[1]
+        for held, computed in ((left.keys, full.keys), (left.values, full.values)):
+            kept = computed[keep].view(*keep.shape[:2], count, -1)
+            assert torch.equal(ordered(held), ordered(kept))
+
+
+def ordered(entries):
+    """The same entries of every head, ordered by their first channel: presses leave them in the order of scores."""
+    return entries.gather(2, entries[..., 0].argsort(-1)[..., None].expand_as(entries))
 
 
 @pytest.mark.parametrize("name", ["snapkv", "expected_attention", "leverage", "knorm"])
@@ -131,7 +157,7 @@ def test_parity_holds_with_an_adapter(selector, ids, name):
         parameter.requires_grad_(False).mul_(3 if parameter.dim() > 1 else 1)
     plan = EvictionPlan("two_region", (CUT,), (name,), (0.3,), SEED)
     trained = training_logits(adapted, plan, selector, ids)[:, CUT:]
-    tested = inference_logits(adapted.get_base_model(), make_press(name, 0.7), ids, CUT, LENGTH)
+    tested = inference_logits(adapted.get_base_model(), make_press(PRESS_RULES[name], 0.7), ids, CUT, LENGTH)
     with adapted.disable_adapter():
         unadapted = training_logits(adapted, plan, selector, ids)[:, CUT:]
     assert difference(unadapted, tested) >= 1e-2, "the adapter has no effect here"

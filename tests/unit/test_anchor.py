@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from sparsekv import tokens
+from sparsekv.anchors import AnchorConfig, AnchorSelector
 from sparsekv.errors import UserError
 from sparsekv.training import anchor
-from sparsekv.training.anchor import AnchorConfig, AnchorSelector, build_kv_mask_from_anchors, kept_count
+from sparsekv.training.anchor import build_kv_mask_from_anchors, kept_count
 
 VOCAB = ["<eos>", "<unk>", ",", ".", "the", "cat", "dog", "\n", "7"]
 EOS, COMMA, CAT, NEWLINE = 0, 2, 5, 7

@@ -13,7 +13,7 @@ from sparsekv.evaluation.needle import chat_frame, encode, needle_samples, text_
 from sparsekv.evaluation.summary import TASKS, mean_interval, summarize
 from sparsekv.presses import make_press
 
-CELLS = [(NO_PRESS, 0.0), ("knorm", 0.5), ("snapkv", 0.5), ("expected_attention", 0.3)]
+CELLS = [(NO_PRESS, 0.0), ("knorm", 0.5), ("snapkv", 0.5), ("expected_attention_head", 0.3)]
 
 
 @pytest.fixture(scope="module")

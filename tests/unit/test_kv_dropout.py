@@ -14,16 +14,16 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, repeat_kv
 
 from sparsekv.errors import UserError
-from sparsekv.presses import PRESSES
 from sparsekv.training import eviction, kv_dropout
 from sparsekv.training.anchor import AnchorConfig, AnchorSelector
 from sparsekv.training.eviction import ForwardEviction
 from sparsekv.training.kv_dropout import KVDropoutContext, SDPAKVDropout
 from sparsekv.training.plan import EvictionPlan
+from sparsekv.training.rules import OWN_RULES, PRESS_RULES
 
 BOTH = pytest.mark.parametrize("context_class", [KVDropoutContext, SDPAKVDropout])
 FAMILIES = ["llama", "qwen3", "qwen2", "mistral", "gemma3"]
-RULES = sorted({*PRESSES, "anchor", "anchor_random", "random"})
+RULES = sorted({*PRESS_RULES, *OWN_RULES})
 LENGTH, CUT = 96, 76  # SnapKV's window is 64
 
 PLANS = {

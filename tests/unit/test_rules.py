@@ -4,15 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kvpress import ExpectedAttentionPress
 from kvpress.utils import compute_n_kept
 from tiny import make_tiny
 from transformers import DynamicCache
 
 from sparsekv.errors import UserError
-from sparsekv.presses import PRESSES, make_press
+from sparsekv.presses import make_press
 from sparsekv.training.anchor import AnchorConfig, AnchorSelector
 from sparsekv.training.eviction import row_seeds
 from sparsekv.training.rules import (
+    OWN_RULES,
+    PRESS_RULES,
     STATIC_RULES,
     AnchorRandomRule,
     AnchorRule,
@@ -22,7 +25,7 @@ from sparsekv.training.rules import (
     make_rule,
 )
 
-RULES = sorted({*PRESSES, "anchor", "anchor_random", "random"})
+RULES = sorted({*PRESS_RULES, *OWN_RULES})
 LENGTHS = [*range(1, 18), 63, 64, 65, 66, 300]
 
 
@@ -73,12 +76,12 @@ def kept(name, ratio, selector, context):
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.7, 0.95])
-@pytest.mark.parametrize("name", PRESSES)
+@pytest.mark.parametrize("name", PRESS_RULES)
 def test_as_many_are_kept_in_every_layer_as_kvpress_keeps(name, ratio, model, selector, contexts):
     length = 130
     ids = torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(0))
     cache = DynamicCache()
-    with torch.no_grad(), make_press(name, 1 - ratio)(model):
+    with torch.no_grad(), make_press(PRESS_RULES[name], 1 - ratio)(model):
         model.model(ids, past_key_values=cache)
     for layer in range(model.config.num_hidden_layers):
         keep, count = kept(name, ratio, selector, contexts(layer, torch.ones(2, length, dtype=torch.bool)))
@@ -109,9 +112,13 @@ def test_contexts_too_short_for_a_press_are_kept_whole(name, model, selector, co
     """kvpress refuses or breaks on them; training must not stop at a short row."""
     for length in LENGTHS:
         keep, _ = kept(name, 0.3, selector, contexts(0, torch.ones(1, length, dtype=torch.bool)))
-        whole_at_kvpress = compute_n_kept(length, 0.7) == length or name not in PRESSES
+        whole_at_kvpress = compute_n_kept(length, 0.7) == length or name not in PRESS_RULES
         if keep.all() and not whole_at_kvpress and name != "lagkv":  # which evicts even from its four sinks
-            with pytest.raises((AssertionError, RuntimeError)), torch.no_grad(), make_press(name, 0.7)(model):
+            with (
+                pytest.raises((AssertionError, RuntimeError)),
+                torch.no_grad(),
+                make_press(PRESS_RULES[name], 0.7)(model),
+            ):
                 model.model(torch.ones(1, length, dtype=torch.long), past_key_values=DynamicCache())
     assert not keep.all(), "the longest is not too short for any"
 
@@ -188,13 +195,16 @@ def test_streaming_rules_have_no_recent_anchors_of_the_row(selector_with, contex
     assert not sampled[..., -8:].all()
 
 
-def test_without_sinks_the_anchor_rule_protects_none(selector_with):
-    assert make_rule("anchor", 0.5, selector_with(sink_size=4)).press.sink_size == 4
-    assert make_rule("anchor", 0.5, selector_with(use_sink=False, sink_size=4)).press.sink_size == 0
+def test_rules_keep_the_names_of_scores_where_kvpress_evaluation_names_a_wrapper(selector):
+    """Adapters were trained with these names: `expected_attention` is the score itself, without AdaKV around it."""
+    assert make_rule("expected_attention", 0.5, selector).press == ExpectedAttentionPress(0.5)
+    assert {rule: press for rule, press in PRESS_RULES.items() if rule != press} == {
+        "expected_attention": "expected_attention_head"
+    }
 
 
 def test_unknown_rules_are_refused_by_name(selector):
-    with pytest.raises(UserError, match="unknown press 'snapvk'; did you mean snapkv"):
+    with pytest.raises(UserError, match="--rules names 'snapvk'; did you mean snapkv"):
         make_rule("snapvk", 0.5, selector)
     with pytest.raises(UserError, match=r"--rules names 'snapvk'; did you mean snapkv") as error:
         check_rules(["knorm", "snapvk"], "two_region")
