@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
-from sparsekv.errors import UserError
+from sparsekv.errors import UserError, require
 
 
 def cache_folder() -> Path:
@@ -45,21 +47,47 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
+def fill_block(path: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->` in a Markdown file.
+
+    Raises
+    ------
+    UserError
+        Unless there is one such block.
+    """
+    block = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
+    filled, count = block.subn(lambda match: f"{match[1]}{text.strip()}\n{match[2]}", path.read_text("utf-8"))
+    require(count == 1, f"{path}: expected one block between <!-- {name} --> and <!-- /{name} -->, found {count}")
+    write_text(path, filled)
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Raise UserError, naming the flag, when a folder (there or not yet) could not be written to. Writes nothing."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    require(existing.is_dir(), f"{flag} {folder}: {existing} is a file; name a folder")
+    writable = os.access(existing, os.W_OK | os.X_OK)
+    require(writable, f"{flag} {folder}: {existing} is not writable; name a folder that is")
+    enough = shutil.disk_usage(existing).free >= 64 * 2**20
+    require(enough, f"{flag} {folder}: less than 64 MiB are free there; name a folder on another disk")
+
+
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
     """Inside, whatever cannot be written becomes one line: torch and safetensors have their own errors for a full disk.
 
     Raises
     ------
     UserError
-        Names `--output_dir` and what the system said.
+        Names the flag and what the system said.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--output_dir {folder}: cannot be written ({reason})") from error
+        raise UserError(f"{flag} {folder}: cannot be written ({reason})") from error
     except RuntimeError as error:
         if "inline_container" not in str(error):  # torch's writer of files
             raise
-        raise UserError(f"--output_dir {folder}: torch.save failed there; is the disk full?") from error
+        raise UserError(f"{flag} {folder}: torch.save failed there; is the disk full?") from error

@@ -1,0 +1,330 @@
+"""The press × ratio matrix: every context prefilled once, every cell's answers decoded together.
+
+kvpress's pipeline takes one cell and one sample at a time. Here one full-attention prefill serves every prefill press,
+and all cells, questions and generations of several contexts are decoded as one padded batch, within a stated budget of
+memory. Each answer is the one that kvpress's pipeline gives.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparsekv.errors import UserError
+from sparsekv.evaluation.caches import CacheMaker
+from sparsekv.evaluation.decode import Row, generate, log_likelihoods
+from sparsekv.evaluation.memory import GIB, default_budget, is_out_of_memory
+from sparsekv.evaluation.prefill import EvictedCache
+from sparsekv.evaluation.sampling import Sampler, Sampling
+from sparsekv.evaluation.while_decoding import generate_with_press
+from sparsekv.evaluation.work import FULL_CACHE, Answer, Cell, ContextWork, Failure, Question
+from sparsekv.presses import is_decoding
+
+logger = logging.getLogger(__name__)
+
+Batch = Sequence[Answer | Failure]  # what is done together
+MAX_ROWS = {"cpu": 48, "cuda": 256}  # beyond, arithmetic is the limit and a larger batch saves nothing
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A row that waits for its batch, and what its Answer will say; `wanted` is False for a mere reference."""
+
+    row: Row
+    question: Question
+    cell: Cell
+    generation: int
+    wanted: bool
+    kv_bytes: dict[str, float]
+    prefill_seconds: float
+
+    def answer(
+        self,
+        seconds: float,
+        num_tokens: int,
+        text: str | None = None,
+        nll: float | None = None,
+        kl: float | None = None,
+    ) -> Answer:
+        """The row's Answer, after its share of the decoding time."""
+        return Answer(
+            row=self.question.row,
+            cell=self.cell,
+            generation=self.generation,
+            text=text,
+            nll=nll,
+            kl=kl,
+            num_tokens=num_tokens,
+            kv_bytes=self.kv_bytes,
+            prefill_seconds=self.prefill_seconds,
+            decode_seconds=seconds,
+        )
+
+
+class Engine:
+    """Answers every question in every cell.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        In eval mode; adapters merged.
+    tokenizer : PreTrainedTokenizerBase
+    memory_budget : int, optional
+        Bytes for caches; by default from what is free now.
+    sampling : Sampling, optional
+        Greedy by default.
+
+    Raises
+    ------
+    UserError
+        For a model with sliding-window layers: presses are not made for them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        memory_budget: int | None = None,
+        sampling: Sampling | None = None,
+    ) -> None:
+        config: Any = model.config
+        if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+            raise UserError(f"--model {config.name_or_path}: has sliding-window layers; presses are not made for them")
+        self.model, self.tokenizer = model, tokenizer
+        self.budget = memory_budget or default_budget(model.device)
+        self.sampling = sampling or Sampling()
+        self._sampler = Sampler(self.sampling)
+        self._caches = CacheMaker(model, tokenizer, self.sampling.seed)
+        self._failed: set[Cell] = set()
+        self._references: dict[int, Tensor] = {}
+        stop = model.generation_config.eos_token_id if model.generation_config else None
+        self._stop_ids: list[Any] = stop if isinstance(stop, list) else [stop]
+        self._max_rows = MAX_ROWS["cuda" if model.device.type == "cuda" else "cpu"]
+
+    def run(self, works: Sequence[ContextWork]) -> Iterator[Batch]:
+        """Answer everything, a list for each batch, in whatever order is fast.
+
+        A cell that fails is reported once, and left out from then on.
+
+        Raises
+        ------
+        UserError
+            If memory does not hold even one row.
+        """
+        pool: list[_Pending] = []
+        for work in sorted(works, key=lambda work: (work.questions[0].max_new_tokens, work.ids.shape[1])):
+            yield from self._answer_while_decoding(work)
+            for cells in self._groups(work):
+                if pool and not self._has_room(pool, work, cells):
+                    yield from self._flush(pool)
+                try:
+                    yield from self._prefill(work, cells, pool)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    yield from self._flush(pool)
+                    for cell in cells:  # one at a time, with nothing else in memory
+                        yield from self._prefill(work, [cell], pool)
+                        yield from self._flush(pool)
+        yield from self._flush(pool)
+
+    # ---- memory ----
+
+    def _groups(self, work: ContextWork) -> list[list[Cell]]:
+        """The prefill cells of a context, in groups whose caches fit into half of the budget."""
+        groups: list[list[Cell]] = []
+        room = 0.0
+        for cell in work.cells:
+            if is_decoding(cell.press):
+                continue
+            size = self._full_bytes(work.ids.shape[1]) * (1 - cell.ratio)
+            if not groups or size > room:
+                groups.append([])
+                room = self.budget / 2
+            groups[-1].append(cell)
+            room -= size
+        return groups
+
+    def _has_room(self, pool: Sequence[_Pending], work: ContextWork, cells: Sequence[Cell]) -> bool:
+        """Whether these caches fit beside the pool's into half of the budget, the other half being the batch's.
+
+        More rows than make two batches gain nothing.
+        """
+        held = sum({id(pending.row.cache): pending.row.cache.stored_bytes for pending in pool}.values())
+        coming = sum(self._full_bytes(work.ids.shape[1]) * (1 - cell.ratio) for cell in cells)
+        rows = len(cells) * len(work.questions) * self.sampling.num_generations
+        return held + coming <= self.budget / 2 and len(pool) + rows <= 2 * self._max_rows
+
+    def _full_bytes(self, tokens: int) -> int:
+        """Bytes of a full cache."""
+        config: Any = self.model.config
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * tokens * dim * self.model.dtype.itemsize
+
+    def _batches(self, pool: Sequence[_Pending]) -> Iterator[list[_Pending]]:
+        """Rows of like length together, as many as fit; the full caches that others are compared to come first."""
+        batch: list[_Pending] = []
+        order = sorted(pool, key=lambda p: (p.cell != FULL_CACHE or p.row.max_new_tokens > 0, -p.row.slots))
+        for pending in order:
+            widest = batch[0].row.slots if batch else 0
+            if batch and (
+                len(batch) == self._max_rows or self._full_bytes(widest) * (len(batch) + 1) > self.budget / 2
+            ):
+                yield batch
+                batch = []
+            batch.append(pending)
+        yield from [batch] if batch else []
+
+    # ---- from contexts to rows ----
+
+    def _prefill(self, work: ContextWork, cells: Sequence[Cell], pool: list[_Pending]) -> Iterator[Batch]:
+        """Add the rows of a context in these cells to the pool; yields the cells that fail."""
+        likelihood = work.questions[0].answer_ids is not None
+        making = [*([FULL_CACHE] if likelihood and FULL_CACHE not in cells else []), *cells]
+        start = self._now()
+        outcome = self._caches.make(work, [cell for cell in making if cell not in self._failed])
+        share = (self._now() - start) / max(1, len(outcome) * len(work.questions) * self.sampling.num_generations)
+        failures = [self._fail(cell, error) for cell, error in outcome.items() if isinstance(error, Exception)]
+        if failures:
+            yield failures
+        for cell, cache in outcome.items():
+            if isinstance(cache, EvictedCache):
+                kv_bytes = self._kv_bytes(work, cell, cache)
+                for question in work.questions:
+                    for generation in range(self.sampling.num_generations):
+                        row = _row(question, cache, generation)
+                        pool.append(_Pending(row, question, cell, generation, cell in cells, kv_bytes, share))
+
+    def _fail(self, cell: Cell, error: Exception) -> Failure:
+        self._failed.add(cell)
+        message = " ".join(str(error).split())
+        reason = message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
+        logger.debug("%s failed", cell, exc_info=error)
+        return Failure(cell, reason)
+
+    def _kv_bytes(self, work: ContextWork, cell: Cell, cache: EvictedCache) -> dict[str, float]:
+        full = self._full_bytes(work.ids.shape[1])
+        return {
+            "full": full,
+            "requested": full * (1 - cell.ratio),
+            "logical": cache.logical_bytes,
+            "physical": cache.physical_bytes,
+        }
+
+    # ---- from rows to answers ----
+
+    def _flush(self, pool: list[_Pending]) -> Iterator[Batch]:
+        """Answer all rows of the pool and empty it."""
+        for batch in self._batches(pool):
+            yield from self._answer(batch)
+        pool.clear()
+        self._references.clear()
+
+    def _answer(self, batch: Sequence[_Pending]) -> Iterator[Batch]:
+        """Answer one batch; without memory for it, its halves."""
+        try:
+            answers = self._generate(batch) if batch[0].row.max_new_tokens else self._score(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            answers = None
+        if answers is not None:
+            yield answers
+        elif len(batch) == 1:
+            size = self._full_bytes(batch[0].row.slots) / GIB
+            raise UserError(
+                f"out of memory with one row of {batch[0].cell}, a cache of {size:.1f} GiB; shorten --context_length"
+            )
+        else:
+            logger.warning("out of memory with %d rows: going on with half", len(batch))
+            self._max_rows = max(1, len(batch) // 2)
+            torch.cuda.empty_cache()
+            for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+                yield from self._answer(half)
+
+    def _generate(self, batch: Sequence[_Pending]) -> list[Answer]:
+        start = self._now()
+        answers = generate(self.model, [pending.row for pending in batch], self._stop_ids, self._sampler)
+        seconds = (self._now() - start) / len(batch)
+        return [
+            pending.answer(seconds, len(tokens), text=self._decode(tokens))
+            for pending, tokens in zip(batch, answers, strict=True)
+        ]
+
+    def _score(self, batch: Sequence[_Pending]) -> list[Answer]:
+        """Nats a token of the given answers, and how far each prediction is from the full cache's."""
+        start = self._now()
+        scores = []
+        starts = [max(1, pending.question.ids.shape[1]) for pending in batch]
+        predictions = log_likelihoods(self.model, [pending.row for pending in batch], starts)
+        for pending, begin, predicted in zip(batch, starts, predictions, strict=True):
+            if pending.cell == FULL_CACHE:
+                self._references[pending.question.row] = predicted
+            full = self._references[pending.question.row]
+            targets = pending.row.ids[0, begin:].to(predicted.device)
+            nll = F.nll_loss(predicted, targets)
+            kl = F.kl_div(predicted, full, reduction="batchmean", log_target=True)  # KL(full ‖ evicted)
+            scores.append((float(nll), float(kl), len(targets)))
+        seconds = (self._now() - start) / len(batch)
+        return [
+            pending.answer(seconds, count, nll=nll, kl=kl)
+            for pending, (nll, kl, count) in zip(batch, scores, strict=True)
+            if pending.wanted
+        ]
+
+    # ---- presses that evict while decoding ----
+
+    def _answer_while_decoding(self, work: ContextWork) -> Iterator[Batch]:
+        """The ordinary way, one question and cell at a time: such a press acts between the steps of one row."""
+        for cell in work.cells:
+            if not is_decoding(cell.press) or cell in self._failed:
+                continue
+            for question in work.questions:
+                try:
+                    yield list(self._generate_with_press(work, question, cell))
+                except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
+                    yield [self._fail(cell, error)]
+                    break
+
+    def _generate_with_press(self, work: ContextWork, question: Question, cell: Cell) -> Iterator[Answer]:
+        press = self._caches.press(cell)
+        seeds = [_seed(question, generation) for generation in range(self.sampling.num_generations)]
+        start = self._now()
+        answers, tokens_seen, held = generate_with_press(
+            self.model, work.ids, question.ids, press, question.max_new_tokens, self._stop_ids, self._sampler, seeds
+        )
+        seconds = (self._now() - start) / len(answers)
+        full = self._full_bytes(tokens_seen)
+        kv_bytes = {"full": full, "requested": full * (1 - cell.ratio), "logical": held, "physical": held}
+        for generation, tokens in enumerate(answers):
+            yield Answer(
+                question.row, cell, generation, self._decode(tokens), None, None, len(tokens), kv_bytes, 0.0, seconds
+            )
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _now(self) -> float:
+        """Seconds, after all work on the device is done."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()
+
+
+def _row(question: Question, cache: EvictedCache, generation: int) -> Row:
+    seed = _seed(question, generation)
+    if question.answer_ids is None:
+        return Row(cache, question.ids, question.max_new_tokens, seed)
+    return Row(cache, torch.cat([question.ids, question.answer_ids], dim=1), 0, seed)
+
+
+def _seed(question: Question, generation: int) -> int:
+    return question.row * 1_000 + generation

@@ -1,0 +1,21 @@
+"""How much memory there is for caches, and what its end looks like."""
+
+import psutil
+import torch
+
+GIB = 2**30
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes for caches: six tenths of what is free on a GPU now (the model is loaded), a quarter of free host memory.
+
+    The rest is for activations, logits and everybody else.
+    """
+    if device.type == "cuda":
+        return int(0.6 * torch.cuda.mem_get_info(device)[0])
+    return int(0.25 * psutil.virtual_memory().available)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the host."""
+    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,65 @@
+"""Text → the two token sequences of a sample: the context that is evicted, and what follows the cut."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sparsekv.errors import require
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    context: str,
+    questions: Sequence[str],
+    answer_prefix: str,
+    *,
+    chat_template: bool = True,
+    enable_thinking: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """Token ids of a context and of its questions, token for token those of kvpress's pipeline.
+
+    The context opens a user's turn, the question ends it, and the answer's prefix begins the assistant's: only the
+    context is evicted. Without a chat template the context follows the BOS token and a line break ends the question.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+    context : str
+    questions : sequence of str
+        Asked about the same context, each on its own.
+    answer_prefix : str
+        Beginning of every answer.
+    chat_template : bool
+        False: as for a tokenizer without a template.
+    enable_thinking : bool
+        Handed to the template.
+
+    Returns
+    -------
+    Long[1, C], list of Long[1, Q]
+    """
+    opened, after = _open_turn(tokenizer, context, chat_template, enable_thinking)
+    return (
+        _encode(tokenizer, opened),
+        [_encode(tokenizer, question + after + answer_prefix) for question in questions],
+    )
+
+
+def _open_turn(
+    tokenizer: PreTrainedTokenizerBase, context: str, chat_template: bool, enable_thinking: bool
+) -> tuple[str, str]:
+    """The text up to the end of the context, and what stands between a question and its answer."""
+    if tokenizer.chat_template is None or not chat_template:
+        return (tokenizer.bos_token or "") + context, "\n"
+    mark = "#" * (len(context) + 10)  # longer than any run of it in the context
+    turn = [{"role": "user", "content": context + mark}]
+    parts = str(
+        tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False, enable_thinking=enable_thinking)
+    ).split(mark)
+    require(len(parts) == 2, "--chat_template true: this model's template does not hold a user's text once; pass false")
+    return parts[0], parts[1]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    return tokenizer.encode(text, return_tensors="pt", add_special_tokens=False)

@@ -1,0 +1,79 @@
+"""Answers under a press that evicts while decoding: the ordinary way, one context at a time."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from kvpress import BasePress, DecodingPress
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from sparsekv.evaluation.sampling import Sampler
+
+
+@torch.inference_mode()
+def generate_with_press(
+    model: PreTrainedModel,
+    context_ids: Tensor,
+    question_ids: Tensor,
+    press: BasePress,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    sampler: Sampler,
+    seeds: Sequence[int],
+) -> tuple[list[list[int]], int, int]:
+    """Prefill, then decode with the press's hooks in place, as kvpress's pipeline does.
+
+    The generations of one question have the same length at every step, so they are decoded together.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    context_ids : Long[1, C]
+    question_ids : Long[1, Q]
+    press : BasePress
+        A `DecodingPress`, or one that evicts in the prefill too.
+    max_new_tokens : int
+    stop_ids : sequence of int
+    sampler : Sampler
+    seeds : sequence of int
+        One a generation.
+
+    Returns
+    -------
+    answers : list of lists of int
+        One a generation.
+    tokens_seen : int
+        Length of the longest sequence, with its context.
+    held : int
+        Bytes of one generation's cache at the end.
+    """
+    cache: Any = DynamicCache()
+    with contextlib.nullcontext() if isinstance(press, DecodingPress) else press(model):
+        model.model(input_ids=context_ids.to(model.device), past_key_values=cache)
+    cache.batch_repeat_interleave(len(seeds))
+    answers: list[list[int]] = [[] for _ in seeds]
+    done = [False] * len(seeds)
+    ids = question_ids.expand(len(seeds), -1)
+    position = torch.arange(context_ids.shape[1], context_ids.shape[1] + ids.shape[1])[None]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with press(model), torch.random.fork_rng(devices):
+        torch.manual_seed(seeds[0])  # of presses that draw at random
+        for step in range(max_new_tokens):
+            logits = model(
+                input_ids=ids.to(model.device),
+                past_key_values=cache,
+                position_ids=position.to(model.device),
+                logits_to_keep=1,
+            ).logits[:, -1]
+            tokens = sampler(logits, seeds, step)
+            for index, token in enumerate(tokens):
+                if not done[index]:
+                    answers[index].append(token)
+                    done[index] = step > 0 and token in stop_ids
+            if all(done):
+                break
+            ids, position = torch.tensor(tokens)[:, None], position[:, -1:] + 1
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // len(seeds)
+    return answers, int(position[0, -1]) + 1, held
