@@ -1,0 +1,261 @@
+"""What eviction costs each run, and what training changed, cell by cell."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+
+from sparsekv.errors import UserError, require
+from sparsekv.evaluation import tables
+from sparsekv.evaluation.levels import ALL_TASKS, FULL_CACHE, Level, levels
+from sparsekv.evaluation.results import NO_PRESS, Results, load_results
+from sparsekv.evaluation.statistics import Floats, Sampled, holm, interval, p_values, ratio
+from sparsekv.files import write_text
+
+ROLES = ("base", "control", "trained")
+SIGNIFICANT = 0.05
+PLACE = ["run", "benchmark", "data_dir", "task", "metric"]
+COLUMNS = [
+    *("run", "model", "adapter", "benchmark", "data_dir", "task", "metric", "press", "compression_ratio", "n"),
+    *("score", "ci_low", "ci_high", "retention", "retention_low", "retention_high"),
+]
+DIFFERENCES = ["diff_{}", "diff_{}_low", "diff_{}_high", "p_{}", "verdict_{}"]
+LAST_COLUMNS = ["headline", "lower_is_better", "seed", "commit", "reason"]
+
+
+class Analysis(NamedTuple):
+    """Figures of up to three runs.
+
+    summary : one row a run, cell, task and metric.
+    headline : one row a run, benchmark, task and metric.
+    role : the last run's, which is compared with the others.
+    """
+
+    summary: pd.DataFrame
+    headline: pd.DataFrame
+    role: str
+
+
+def summarize(results: Results, base: Results | None = None, control: Results | None = None) -> pd.DataFrame:
+    """One row a cell, task and metric, and one for the average over the tasks of each benchmark.
+
+    Parameters
+    ----------
+    results : Results
+        Of any number of runs (model, adapter).
+    base, control : Results, optional
+        What to compare each run with: the run of the same model there, or the only one.
+
+    Returns
+    -------
+    DataFrame
+        model, adapter, benchmark, data_dir, task (`ALL_TASKS` for the average), metric, press, compression_ratio, n
+        (rows), score, ci_low, ci_high, retention, retention_low, retention_high (1 = nothing lost); with base, and the
+        same with control, diff_base (score less base's), diff_base_low, diff_base_high, p_base (sign flips, Holm over
+        the cells of the run), verdict_base (better, worse, no difference); headline (whether the metric is the
+        benchmark's first), lower_is_better, seed, commit; reason: why the cell has no score. NaN where undefined.
+
+    Raises
+    ------
+    UserError
+        Base or control hold other rows than the results, or several runs of which none is meant.
+    """
+    references = {role: other for role, other in (("base", base), ("control", control)) if other is not None}
+    return _of_last_role([analyze(runs) for runs in _comparisons(results, references)])
+
+
+def write_summary(folder: str | Path) -> None:
+    """Write summary.csv, summary.parquet and summary.md of a folder of cells into it, each atomically.
+
+    Where the folder also holds the same model without an adapter, that is the base of its trained runs.
+    """
+    folder = Path(folder)
+    results = load_results(folder)
+    analyses = [analyze(_with_own_base(results, model, adapter)) for model, adapter in results.runs()]
+    summary = _of_last_role(analyses)
+    _write_text(folder / "summary", summary, "Results", analyses)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".summary") as temporary:
+        summary.to_parquet(Path(temporary) / "summary.parquet", index=False)
+        os.replace(Path(temporary) / "summary.parquet", folder / "summary.parquet")
+
+
+def compare(folders: Sequence[str], output: str | None = None) -> None:
+    """Print the cells of two or three runs side by side, and what training changed.
+
+    Parameters
+    ----------
+    folders : sequence of str
+        Base and trained, or base, control and trained.
+    output : str, optional
+        Folder for the same tables as compare.md, and every figure as compare.csv.
+
+    Raises
+    ------
+    UserError
+        Another number of folders; runs that do not belong together; no cell in common.
+    """
+    require(len(folders) in (2, 3), f"compare: {len(folders)} folders given; it takes base [control] trained")
+    *others, trained = [load_results(folder) for folder in folders]
+    analyses = [analyze(runs) for runs in _comparisons(trained, dict(zip(ROLES, others, strict=False)))]
+    for summary, _, role in analyses:
+        shared = "diff_base" in summary and summary.diff_base[summary.run == role].notna().any()
+        require(shared, f"{folders[0]} and {folders[-1]}: no finished cell in common, so there is nothing to compare")
+    tables.show(analyses, Console())
+    if output is not None:
+        summary = pd.concat([analysis.summary for analysis in analyses], ignore_index=True)
+        _write_text(Path(output) / "compare", summary, "Comparison", analyses)
+
+
+def _write_text(path: Path, summary: pd.DataFrame, title: str, analyses: Sequence[Analysis]) -> None:
+    write_text(path.with_suffix(".csv"), summary.to_csv(index=False, float_format="%.6g"))
+    write_text(path.with_suffix(".md"), tables.markdown(title, analyses))
+
+
+def _of_last_role(analyses: Sequence[Analysis]) -> pd.DataFrame:
+    rows = [summary[summary.run == role].drop(columns="run") for summary, _, role in analyses]
+    return pd.concat(rows, ignore_index=True)
+
+
+def _comparisons(results: Results, references: Mapping[str, Results]) -> list[dict[str, Results]]:
+    """For each run of the results: role → run, the references first."""
+    last = "trained" if references else "run"
+    return [
+        {role: _reference(role, other, run[0]) for role, other in references.items()} | {last: results.run(*run)}
+        for run in results.runs()
+    ]
+
+
+def _reference(role: str, results: Results, model: str) -> Results:
+    """The run that a run of this model is compared with."""
+    runs = results.runs()
+    same = [run for run in runs if run[0] == model] or runs
+    if len(same) > 1:
+        listed = "; ".join(" with ".join(filter(None, run)) for run in same)
+        raise UserError(f"{results.folder}: holds several runs ({listed}); give a folder with one as {role} of {model}")
+    return results.run(*same[0])
+
+
+def _with_own_base(results: Results, model: str, adapter: str) -> dict[str, Results]:
+    """A run, and the same model without an adapter where it is in the same folder."""
+    run = results.run(model, adapter)
+    if adapter and (model, "") in results.runs():
+        return {"base": results.run(model, ""), "trained": run}
+    return {"run": run}
+
+
+def analyze(runs: Mapping[str, Results]) -> Analysis:
+    """Compare runs, each of one model and adapter, with those before them.
+
+    Parameters
+    ----------
+    runs : mapping
+        Role (base, control, trained) → run; the last one is what matters.
+    """
+    rows, headlines = [], []
+    for level in levels(runs):
+        present = [role for role in runs if role in level.roles]
+        for place, role in enumerate(present):
+            rows.append(_rows(level, role, present[:place]))
+            headlines.append(_headline(level, role))
+    rows += [_unavailable(run, role) for role, run in runs.items()]
+    summary = pd.concat([table for table in rows if not table.empty], ignore_index=True)
+    for role, run in runs.items():
+        mine = summary.run == role
+        summary.loc[mine, ["model", "adapter"]] = run.runs()[0]
+        for key in ("seed", "commit"):
+            summary.loc[mine, key] = ", ".join(sorted({str(value) for value in run.cells[key]} - {""}))
+    headline = pd.DataFrame(headlines)
+    compared = [role for role in runs if f"diff_{role}" in summary]
+    for other in compared:
+        _judge(summary, other)
+        headline = headline.join(_counts(summary, other), on=PLACE)
+    differences = [name.format(other) for other in compared for name in DIFFERENCES]
+    return Analysis(summary.reindex(columns=[*COLUMNS, *differences, *LAST_COLUMNS]), headline, list(runs)[-1])
+
+
+def _place(level: Level, role: str) -> dict[str, Any]:
+    """Which run, task and metric a row of a table is about."""
+    names = [*PLACE[1:], "n", "headline", "lower_is_better"]
+    return {"run": role} | {name: getattr(level, name) for name in names}
+
+
+def _rows(level: Level, role: str, references: Sequence[str]) -> pd.DataFrame:
+    """One row for each cell of a run, compared with the runs that the references name."""
+    cells = level.cells(role)
+    table = pd.DataFrame(cells, columns=["press", "compression_ratio"]).assign(**_place(level, role), reason="")
+    score, retention = level.scores(role, cells), level.retention(role, cells)
+    table["score"], (table["ci_low"], table["ci_high"]) = score.value, interval(score)
+    table["retention"], (table["retention_low"], table["retention_high"]) = retention.value, interval(retention)
+    for other in references:
+        shared = level.cells(role, other)
+        difference = level.scores(role, shared) - level.scores(other, shared)
+        p = p_values(level.flipped_scores(role, shared) - level.flipped_scores(other, shared))
+        figures = np.column_stack([difference.value, *interval(difference), p])
+        columns = [name.format(other) for name in DIFFERENCES[:4]]
+        table[columns] = np.nan
+        table.loc[[cells.index(cell) for cell in shared], columns] = figures
+    return table
+
+
+def _unavailable(run: Results, role: str) -> pd.DataFrame:
+    """One row for each cell without a score."""
+    table = run.cells[run.cells.reason != ""][["benchmark", "data_dir", "press", "compression_ratio", "reason"]]
+    return table.assign(run=role, task=ALL_TASKS, metric="", n=0, headline=True, lower_is_better=False)
+
+
+def _headline(level: Level, role: str) -> dict[str, Any]:
+    """A run's full-cache score, its means over the evicted cells that all runs have, and how much of the gap is closed.
+
+    Means over cells are resampled with the same rows in every cell.
+    """
+    evicted = [cell for cell in level.cells(*level.roles) if cell[0] != NO_PRESS]
+    row = _place(level, role) | {"cells": len(evicted), "note": ""}
+    if FULL_CACHE in level.cells(role):
+        row |= _figure("full", level.scores(role, [FULL_CACHE]))
+    if evicted:
+        row |= _figure("evicted", level.scores(role, evicted).mean())
+        row |= _figure("retention", level.retention(role, evicted).mean())
+        if "base" in level.roles - {role} and FULL_CACHE in level.cells("base"):
+            gained = (level.scores(role, evicted) - level.scores("base", evicted)).mean()
+            gap = (level.scores("base", [FULL_CACHE]) - level.scores("base", evicted)).mean()
+            if level.lower_is_better:
+                gained, gap = gained.map(np.negative), gap.map(np.negative)
+            row |= _figure("gap_closed", ratio(gained, gap))
+            row["note"] = "" if gap.value[0] > 0 else "base loses nothing in these cells: no gap to close"
+    return row
+
+
+def _figure(name: str, sampled: Sampled) -> dict[str, float]:
+    """A single figure and its interval."""
+    low, high = interval(sampled)
+    return {name: sampled.value.item(), f"{name}_low": low.item(), f"{name}_high": high.item()}
+
+
+def _judge(summary: pd.DataFrame, other: str) -> None:
+    """Adjust the p-values of the differences to `other`, and say which differences they leave.
+
+    The cells of one run are one family: those of averages over tasks, those of single tasks, and the same of secondary
+    metrics are adjusted apart.
+    """
+    p, difference = f"p_{other}", summary[f"diff_{other}"]
+    family = summary.groupby(["run", summary.task == ALL_TASKS, "headline"])[p]
+    summary[p] = family.transform(lambda values: holm(values.to_numpy()))
+    gain: Floats = np.where(summary.lower_is_better.astype(bool), -difference, difference)
+    names = np.where(gain > 0, "better", "worse")
+    names = np.where(summary[p] < SIGNIFICANT, names, "no difference")
+    summary[f"verdict_{other}"] = np.where(difference.isna(), "", names)
+
+
+def _counts(summary: pd.DataFrame, other: str) -> pd.DataFrame:
+    """How many evicted cells of each headline row are better, worse and not different: better_<other>, …"""
+    compared = summary[(summary.press != NO_PRESS) & summary[f"diff_{other}"].notna()]
+    counts = compared.groupby([*PLACE, f"verdict_{other}"]).size().unstack(fill_value=0)
+    counts = counts.reindex(columns=["better", "worse", "no difference"], fill_value=0)
+    return counts.set_axis([f"better_{other}", f"worse_{other}", f"same_{other}"], axis=1)

@@ -1,0 +1,161 @@
+"""One task, or all tasks, of a benchmark: the mean of every cell of every run, resampled together."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sparsekv.errors import UserError
+from sparsekv.evaluation.results import NO_PRESS, Results, check_paired
+from sparsekv.evaluation.statistics import Sampled, average, bootstrap_means, ratio, sign_flipped_means
+
+ALL_TASKS = "all tasks"
+FULL_CACHE = (NO_PRESS, 0.0)
+Cell = tuple[str, float]  # press, compression ratio
+
+
+@dataclass(frozen=True)
+class Level:
+    """The cells of several runs on the same rows.
+
+    Parameters
+    ----------
+    benchmark, data_dir, task, metric : str
+    headline : bool
+        Whether the metric is the task's first.
+    lower_is_better : bool
+    n : int
+        Rows.
+    columns : list of (role, press, compression ratio)
+        What the columns of `means` and `flipped` are.
+    means, flipped : Sampled
+        Means of bootstrap resamples, and means under random signs of the rows.
+    """
+
+    benchmark: str
+    data_dir: str
+    task: str
+    metric: str
+    headline: bool
+    lower_is_better: bool
+    n: int
+    columns: list[tuple[str, str, float]]
+    means: Sampled
+    flipped: Sampled
+
+    @property
+    def roles(self) -> set[str]:
+        """The runs that have a cell here."""
+        return {role for role, _, _ in self.columns}
+
+    def cells(self, *roles: str) -> list[Cell]:
+        """The cells that all these runs have: the full cache, then by press and ratio."""
+        owned = [{(press, share) for name, press, share in self.columns if name == role} for role in roles]
+        return sorted(set.intersection(*owned), key=lambda cell: (cell[0] != NO_PRESS, cell))
+
+    def scores(self, role: str, cells: Sequence[Cell]) -> Sampled:
+        """Mean scores of these cells of a run."""
+        return self.means.take([self.columns.index((role, *cell)) for cell in cells])
+
+    def flipped_scores(self, role: str, cells: Sequence[Cell]) -> Sampled:
+        """The same under random signs; the signs of a row are the same in all runs and cells."""
+        return self.flipped.take([self.columns.index((role, *cell)) for cell in cells])
+
+    def retention(self, role: str, cells: Sequence[Cell]) -> Sampled:
+        """Score / the run's own full-cache score; of `nll`, the perplexities' full / evicted. NaN where undefined:
+        no full-cache cell, a full-cache score of 0, another metric of which less is better.
+        """
+        scores = self.scores(role, cells)
+        full = self.scores(role, [FULL_CACHE]) if FULL_CACHE in self.cells(role) else None
+        if full is not None and self.metric == "nll":
+            return scores.map(lambda evicted, whole: np.exp(whole - evicted), full)
+        if full is None or self.lower_is_better:
+            return scores.map(lambda evicted: np.full_like(evicted, np.nan))
+        return ratio(scores, full)
+
+
+def levels(runs: Mapping[str, Results]) -> Iterator[Level]:
+    """Every task of every benchmark, and after the tasks of each benchmark their average.
+
+    The average is over tasks, each counting the same (RULER's way), of the tasks that all the runs have and the cells
+    that all of these tasks have. Tasks are resampled apart. A data_dir that is itself a task (LongBench's) is averaged
+    with the others; one that is a context length (RULER's) is not.
+
+    Parameters
+    ----------
+    runs : mapping
+        Role → the cells of one model and adapter.
+
+    Raises
+    ------
+    UserError
+        Rows that are not the same in all cells: nothing unpaired is ever compared.
+    """
+    cells = pd.concat([run.cells for run in runs.values()])
+    check_paired(cells)
+    lower = frozenset[str]().union(*cells.lower_is_better)
+    table = pd.concat([run.scores.assign(role=role) for role, run in runs.items()])
+    if table.empty:
+        return
+    table["measure"] = table.metric.where(~table.headline.astype(bool), "")
+    table["suite"] = _suites(table)
+    group, task = ["benchmark", "suite", "measure"], ["data_dir", "task", "metric"]
+    column = ["role", "press", "compression_ratio"]
+    wide = table.groupby([*group, *task, "row", *column]).score.mean().unstack(column)  # generations are averaged
+    for (benchmark, suite, measure), tables in wide.groupby(level=group):
+        found = []
+        for (data_dir, name, metric), values in tables.groupby(level=task):
+            known = {"benchmark": benchmark, "data_dir": data_dir, "task": name, "metric": metric}
+            found.append(_one_task(values, headline=measure == "", lower_is_better=metric in lower, **known))
+        yield from found
+        yield from _all_tasks(found, suite)
+
+
+def _suites(scores: pd.DataFrame) -> pd.Series:
+    """The data_dir within which a score's task is averaged with others."""
+    parts = scores.groupby(["benchmark", "task"]).data_dir.transform("nunique")
+    tasks = scores.groupby(["benchmark", "data_dir"]).task.transform("nunique")
+    several = scores.groupby("benchmark").data_dir.transform("nunique") > 1
+    return scores.data_dir.mask(several & (parts == 1) & (tasks == 1) & ~scores.data_dir.str.isdecimal(), "")
+
+
+def _one_task(values: pd.DataFrame, **known: Any) -> Level:
+    """A level from its rows × cells."""
+    values = values.dropna(axis=1, how="all")
+    lacking = values.isna().sum()
+    if lacking.any():
+        role, press, share = lacking.idxmax()
+        where = " ".join(str(known[key]) for key in ("benchmark", "data_dir", "task") if known[key])
+        raise UserError(
+            f"{where}: the cell {press} {share:g} of {role} lacks {lacking.max()} of the {len(values)} rows that other "
+            "cells have; delete its folder and evaluate it again"
+        )
+    array = values.to_numpy(dtype=np.float64)
+    # From the name, so that a task's figures do not depend on what else is in the folder.
+    seed = zlib.crc32("/".join([known["benchmark"], known["data_dir"], known["task"]]).encode())
+    means, flipped = bootstrap_means(array, seed), sign_flipped_means(array, seed)
+    return Level(**known, n=len(array), columns=values.columns.tolist(), means=means, flipped=flipped)
+
+
+def _all_tasks(tasks: Sequence[Level], suite: str) -> Iterator[Level]:
+    """The tasks' average, if they have a cell in common."""
+    roles = set[str]().union(*(task.roles for task in tasks))
+    tasks = [task for task in tasks if task.roles == roles] or tasks
+    columns = [column for column in tasks[0].columns if all(column in task.columns for task in tasks)]
+    if columns:
+        places = [[task.columns.index(column) for column in columns] for task in tasks]
+        yield replace(
+            tasks[0],
+            data_dir=suite,
+            task=ALL_TASKS,
+            metric=", ".join(sorted({task.metric for task in tasks})),
+            n=sum(task.n for task in tasks),
+            columns=columns,
+            means=average([task.means.take(place) for task, place in zip(tasks, places, strict=True)]),
+            flipped=average([task.flipped.take(place) for task, place in zip(tasks, places, strict=True)]),
+        )

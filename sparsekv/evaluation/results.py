@@ -1,0 +1,173 @@
+"""Cell folders, read back into one table of scores."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from sparsekv.errors import UserError, require
+
+NO_PRESS = "no_press"  # the press name of the full-cache cell
+FINISHED = ("predictions.csv", "metrics.json", "profile.json")
+SCORE = "score:"  # what the names of score columns in predictions.csv begin with
+CELL = ["benchmark", "data_dir", "press", "compression_ratio"]
+RUN = ["model", "adapter"]
+COLUMNS = [*RUN, *CELL, "task", "row", "generation", "metric", "score", "headline"]
+ROWS = "benchmark_fingerprint"  # of a benchmark's rows, in their order
+# What may differ between cells that are compared; all else in a cell's `sparsekv` section may not.
+FREE = {"model", "model_fingerprint", "adapter", "adapter_fingerprint", "dtype", "benchmark"}
+CHOOSES_ROWS = {"tasks", "num_samples", "context_length", "seed"}  # may differ where the rows are the same
+
+
+@dataclass(frozen=True)
+class Results:
+    """Every cell below a folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Where they were read.
+    cells : DataFrame
+        One row a cell: `RUN` and `CELL` columns, folder, seed, commit, lower_is_better (frozenset of metrics), settings
+        (what decides its answers), reason (why it has no scores, or "").
+    scores : DataFrame
+        One row a cell, question, generation and metric: `COLUMNS`; headline is whether this is the task's first metric.
+    """
+
+    folder: Path
+    cells: pd.DataFrame
+    scores: pd.DataFrame
+
+    def runs(self) -> list[tuple[str, str]]:
+        """Every (model, adapter) here; the adapter of an untrained model is ""."""
+        return sorted(set(self.cells[RUN].itertuples(index=False, name=None)))
+
+    def run(self, model: str, adapter: str) -> Results:
+        """The cells of one run."""
+        cells, scores = (
+            table[(table.model == model) & (table.adapter == adapter)] for table in (self.cells, self.scores)
+        )
+        return Results(self.folder, cells, scores)
+
+
+def load_results(folder: str | Path) -> Results:
+    """Read every cell folder in `folder`, or, where there is none, in the folders below it.
+
+    Raises
+    ------
+    UserError
+        There is no cell; a cell is corrupt (the message names its folder and what is wrong); two folders hold the same
+        cell; cells of one benchmark hold other rows.
+    """
+    folder = Path(folder)
+    found = _cell_folders(folder, "*") or _cell_folders(folder, "**/*")
+    require(bool(found), f"{folder}: no cell folder of `sparsekv eval` here")
+    loaded = [_load_cell(path) for path in found]
+    cells = pd.DataFrame([cell for cell, _ in loaded])
+    same = cells[cells.duplicated([*RUN, *CELL], keep=False)]
+    require(same.empty, f"the same cell in two folders: {' and '.join(map(str, same.folder[:2]))}; delete one")
+    full = [table for _, table in loaded if not table.empty]
+    scores = pd.concat(full, ignore_index=True) if full else pd.DataFrame(columns=COLUMNS)
+    for _, group in cells.groupby(RUN):
+        check_paired(group)
+    return Results(folder, cells, scores)
+
+
+def _cell_folders(folder: Path, pattern: str) -> list[Path]:
+    files = (path for name in ("config.yaml", *FINISHED) for path in folder.glob(f"{pattern}__*/{name}"))
+    return sorted({path.parent for path in files})
+
+
+def check_paired(cells: pd.DataFrame) -> None:
+    """Raise UserError unless all cells of each benchmark asked the same questions in the same way."""
+    for _, group in cells.groupby(["benchmark", "data_dir"]):
+        first = group.iloc[0]
+        for cell in group.itertuples():
+            one, two = first.settings, cell.settings
+            same = FREE | CHOOSES_ROWS if one.get(ROWS) == two.get(ROWS) else FREE
+            other = {key for key in (one.keys() | two.keys()) - same if one.get(key) != two.get(key)}
+            if other:
+                key = min(other, key=lambda key: (key == ROWS, key))  # what people set says more than what follows
+                raise UserError(
+                    f"{cell.folder}: {key} is {two.get(key)}, but {one.get(key)} in {first.folder}; only cells that "
+                    "answer the same questions in the same way can be compared: evaluate both alike"
+                )
+
+
+def _load_cell(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """One cell's row of `Results.cells`, and its rows of `Results.scores`."""
+    cell: dict[str, Any] = {"folder": folder, "commit": "", "reason": ""}
+    file = folder / "config.yaml"
+    try:
+        cell |= _describe(yaml.safe_load(file.read_text(encoding="utf-8")))
+        if all((folder / name).exists() for name in FINISHED):
+            file = folder / "profile.json"
+            cell["commit"] = json.loads(file.read_text(encoding="utf-8")).get("commit") or ""
+            file = folder / "predictions.csv"
+            table = _load_scores(file).assign(**{key: cell[key] for key in [*RUN, *CELL]})
+            cell["reason"] = "" if len(table) else "has no scores: the benchmark's answers are not public"
+            return cell, table
+        file = folder / "unavailable.json"
+        cell["reason"] = str(json.loads(file.read_text(encoding="utf-8"))["reason"])
+    except FileNotFoundError:
+        require(file.name != "config.yaml", f"{folder}: corrupt, it has no config.yaml; delete it and evaluate again")
+        cell["reason"] = "not finished"
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        lines = str(error).splitlines() or [""]
+        reason = f"lacks {lines[0]}" if isinstance(error, KeyError) else lines[0]
+        raise UserError(f"{file}: corrupt ({reason}); delete this folder and evaluate again") from error
+    return cell, pd.DataFrame(columns=COLUMNS)
+
+
+def _describe(config: dict[str, Any]) -> dict[str, Any]:
+    """A cell's row of `Results.cells`, as far as config.yaml tells."""
+    settings = config["sparsekv"]
+    # A press that is shown the question has another task, with a full cache of its own.
+    seen = " (query-aware)" if settings.get("query_aware") else ""
+    return {
+        "benchmark": f"{config['dataset']}{seen}",
+        "data_dir": str(config.get("data_dir") or ""),
+        "model": str(settings["model"]),
+        "adapter": str(settings.get("adapter") or ""),
+        "press": str(config["press_name"]),
+        "compression_ratio": float(config["compression_ratio"]),
+        "seed": settings["seed"],
+        "lower_is_better": frozenset(settings.get("lower_is_better") or ()),
+        "settings": {**settings, "max_new_tokens": config.get("max_new_tokens")},
+    }
+
+
+def _load_scores(file: Path) -> pd.DataFrame:
+    """Long table of the scores in a predictions.csv; empty where there is no score column.
+
+    Raises
+    ------
+    ValueError
+        Something is missing, double or not a number.
+    """
+    wanted = ["row", "generation", "task"]
+    table = pd.read_csv(file, usecols=lambda name: name in wanted or name.startswith(SCORE), dtype={"task": "string"})
+    missing = [name for name in wanted if name not in table]
+    metrics = [name for name in table if name.startswith(SCORE)]
+    if missing or table.empty:
+        raise ValueError(f"no column {', '.join(missing)}" if missing else "no row")
+    table["task"] = table.task.fillna("").astype(object)
+    table[metrics] = table[metrics].astype(float)
+    if metrics:
+        _refuse(table, ~np.isfinite(table[metrics]).any(axis=1) | np.isinf(table[metrics]).any(axis=1), "has no score")
+    _refuse(table, table.duplicated(["row", "generation"]), "is there twice")
+    long = table.melt(wanted, metrics, "metric", "score").dropna(subset="score")
+    long["metric"] = long.metric.str.removeprefix(SCORE)
+    long["headline"] = long.metric == long.groupby("task").metric.transform("first")
+    return long
+
+
+def _refuse(table: pd.DataFrame, wrong: pd.Series, what: str) -> None:
+    if wrong.any():
+        raise ValueError(f"row {table.row[wrong].iloc[0]} {what}")

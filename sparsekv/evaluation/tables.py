@@ -1,0 +1,199 @@
+"""The figures of `compare` as tables: the same for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from sparsekv.evaluation.levels import ALL_TASKS
+from sparsekv.evaluation.results import NO_PRESS
+from sparsekv.evaluation.statistics import CONFIDENCE, DRAWS, FLIPS
+
+if TYPE_CHECKING:
+    from sparsekv.evaluation.compare import Analysis
+
+SYMBOLS = {"better": "▲", "worse": "▼", "no difference": "="}
+STYLES = {"▲": "bold blue", "▼": "bold yellow"}  # told apart by shape, and by colour with any colour vision
+NONE = "–"
+NOTES = f"""\
+Score [low, high]: mean over rows (generations of a row are averaged first) with its {CONFIDENCE:.0%} percentile \
+bootstrap interval ({DRAWS:,} draws of rows, tasks drawn apart, fixed seed); no interval where all rows are equal.
+{ALL_TASKS}: every task counts the same.
+Retention: score / full-cache score of the same run and rows; for nll, perplexity of the full cache / of the evicted \
+one; {NONE} where the full cache scores 0.
+Gap closed: Σ (run − base) / Σ (base with the full cache − base) over the evicted cells.
+▲ better, ▼ worse, = no difference: p below 0.05, two-sided paired sign-flip permutation test ({FLIPS:,} flips), \
+Holm-adjusted over the cells of a run."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text under a header."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def markdown(title: str, analyses: Sequence[Analysis]) -> str:
+    """A document that can be read on its own."""
+    parts = [f"# {title}"]
+    for analysis in analyses:
+        parts += ["\n".join(f"- {line}" for line in describe(analysis))]
+        for table in report(analysis):
+            lines = [table.header, ["---"] * len(table.header), *table.rows]
+            body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+            parts += [f"## {table.title}", body]
+    return "\n\n".join([*parts, NOTES.replace("\n", "\n\n")]) + "\n"
+
+
+def show(analyses: Sequence[Analysis], console: Console) -> None:
+    """Print the same to a terminal."""
+    for analysis in analyses:
+        for line in describe(analysis):
+            console.print(line, markup=False, highlight=False)
+        for table in report(analysis):
+            shown = RichTable(title=Text(table.title), title_justify="left")
+            for name in table.header:
+                shown.add_column(name, overflow="fold")
+            for row in table.rows:
+                shown.add_row(*(Text(cell, style=STYLES.get(cell[:1], "")) for cell in row))
+            console.print(shown)
+    console.print(NOTES, markup=False, highlight=False)
+
+
+def describe(analysis: Analysis) -> list[str]:
+    """One line for each run: what it is and where its figures come from."""
+    lines = []
+    for run, table in analysis.summary.groupby("run"):
+        first = table.iloc[0]
+        adapter = f" with adapter {first.adapter}" if first.adapter else ", no adapter"
+        lines.append(f"{run}: {first.model}{adapter}; seed {first.seed}; commit {first.commit or 'unknown'}")
+    return lines
+
+
+def report(analysis: Analysis) -> Iterator[Table]:
+    """The headline, every benchmark's cells and tasks, and the cells that have no score."""
+    summary, headline, role = analysis
+    scored, unscored = summary[summary.reason == ""], summary[summary.reason != ""]
+    averages, tasks = scored[scored.task == ALL_TASKS], scored[scored.task != ALL_TASKS]
+    if not headline.empty:
+        overall = headline[(headline.task == ALL_TASKS) & headline.headline]
+        for _, runs in overall.groupby(["benchmark", "data_dir"]):
+            yield _headline(runs, averages)
+    for _, table in averages.groupby(["benchmark", "data_dir", "metric"], sort=False):
+        yield _cells(table, role)
+    tasks = tasks[tasks.headline & (tasks.run == role)]
+    suite = tasks.data_dir.where(tasks.data_dir.isin(averages.data_dir), "")  # see `levels`
+    for (benchmark, within), table in tasks.groupby(["benchmark", suite]):
+        if table.groupby(["data_dir", "task"]).ngroups > 1:
+            yield _tasks(" ".join(filter(None, [f"Single tasks of {role}:", benchmark, within])), table)
+    if not unscored.empty:
+        rows = [[row["run"], _data(row), _cell(row), row["reason"]] for row in unscored.to_dict("records")]
+        yield Table("Cells without a score", ["run", "benchmark", "press, evicted", "why"], rows)
+
+
+def _headline(runs: pd.DataFrame, averages: pd.DataFrame) -> Table:
+    """A column for each run; its full cache comes first, so that retention cannot hide what it lost."""
+    first = runs.iloc[0]
+    others = [role for role in ("base", "control") if f"better_{role}" in runs and runs[f"better_{role}"].notna().any()]
+    same = averages[["benchmark", "data_dir", "metric"]].eq(first[["benchmark", "data_dir", "metric"]]).all(axis=1)
+    full = averages[same & (averages.press == NO_PRESS)].set_index("run").to_dict("index")
+    names = ["full cache", f"mean retention of evicted cells ({first.cells})"]
+    names += [name for role in others for name in (f"full cache − {role}", f"evicted cells against {role}")]
+    names += ["share of base's gap closed"] if others else []
+    columns = []
+    for run in runs.to_dict("records"):
+        figures = [_figure(run, "full", _form(run)), _figure(run, "retention", "{:.1%}")]
+        for role in others:
+            figures += [_difference(full.get(run["run"], {}), role), _counted(run, role)]
+        figures += [run["note"] or _figure(run, "gap_closed", "{:.0%}")] if others else []
+        columns.append(figures)
+    title = f"Headline of {_data(first)}: {first.metric} (n = {first.n})"
+    return Table(title, ["", *runs.run], [list(row) for row in zip(names, *columns, strict=True)])
+
+
+def _counted(row: Mapping[str, Any], role: str) -> str:
+    """`▲ 3 ▼ 0 = 9`."""
+    counts = [row[f"{name}_{role}"] for name in ("better", "worse", "same")]
+    if pd.isna(counts[0]):
+        return NONE
+    return " ".join(f"{symbol} {count:.0f}" for symbol, count in zip(SYMBOLS.values(), counts, strict=True))
+
+
+def _cells(table: pd.DataFrame, role: str) -> Table:
+    """A row for each press and ratio: score and retention of each run, and how the last differs from the others."""
+    first, roles = table.iloc[0], sorted(table.run.unique())
+    others = [other for other in roles if f"p_{other}" in table and other != role]
+    header = ["press, evicted", *(f"{run}: score, retention" for run in roles)]
+    header += [name for other in others for name in (f"{role} − {other}", "p")]
+    rows = []
+    for _, group in table.groupby([table.press != NO_PRESS, "press", "compression_ratio"]):
+        runs = {row["run"]: row for row in group.to_dict("records")}
+        scores = [_score(runs[run], alone=len(roles) == 1) if run in runs else NONE for run in roles]
+        line = [_cell(group.iloc[0]), *scores]
+        for other in others:
+            row = runs.get(role, {})
+            line += [_difference(row, other), _p_value(row, other)]
+        rows.append(line)
+    less = ", lower is better" if first.lower_is_better else ""
+    return Table(f"{_data(first)}, {first.task}: {first.metric}{less} (n = {first.n})", header, rows)
+
+
+def _tasks(title: str, table: pd.DataFrame) -> Table:
+    """A row for each press and ratio, a column for each task."""
+    same = (table.data_dir == table.task) | (table.groupby("task").data_dir.transform("nunique") == 1)
+    table = table.assign(column=table.task.where(same, table.data_dir + " " + table.task))
+    sizes = table.groupby("column", sort=False).n.first()
+    rows = []
+    for _, group in table.groupby([table.press != NO_PRESS, "press", "compression_ratio"]):
+        found = {row["column"]: _form(row).format(row["score"]) for row in group.to_dict("records")}
+        rows.append([_cell(group.iloc[0]), *(found.get(name, NONE) for name in sizes.index)])
+    return Table(title, ["press, evicted", *(f"{name} (n = {n})" for name, n in sizes.items())], rows)
+
+
+def _data(row: Mapping[str, Any]) -> str:
+    return " ".join(filter(None, [row["benchmark"], row["data_dir"]]))
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    return "full cache" if row["press"] == NO_PRESS else f"{row['press']}, {row['compression_ratio']:.0%}"
+
+
+def _form(row: Mapping[str, Any], sign: str = "") -> str:
+    """How a score is written: percent with one decimal, nats with three."""
+    return f"{{:{sign}.3f}}" if row["lower_is_better"] else f"{{:{sign}.1f}}"
+
+
+def _score(row: Mapping[str, Any], alone: bool) -> str:
+    """`62.1 [50.0, 73.0], 81.0% [71.6%, 88.0%]` of a run that stands alone; beside others, without the intervals."""
+    shown = row if alone else {"score": row["score"], "retention": row["retention"]}
+    return f"{_figure(shown, 'score', _form(row), 'ci')}, {_figure(shown, 'retention', '{:.1%}')}"
+
+
+def _difference(row: Mapping[str, Any], role: str) -> str:
+    """`▲ +2.1 [+0.3, +4.0]`."""
+    if pd.isna(row.get(f"diff_{role}")):
+        return NONE
+    return f"{SYMBOLS[row[f'verdict_{role}']]} {_figure(row, f'diff_{role}', _form(row, '+'))}"
+
+
+def _p_value(row: Mapping[str, Any], role: str) -> str:
+    p = row.get(f"p_{role}", np.nan)
+    return NONE if pd.isna(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _figure(row: Mapping[str, Any], name: str, form: str, bounds: str = "") -> str:
+    """A value with its interval, as far as they are known."""
+    value, low, high = (row.get(key, np.nan) for key in (name, f"{bounds or name}_low", f"{bounds or name}_high"))
+    if pd.isna(value):
+        return NONE
+    value, low, high = (round(number, 9) + 0.0 for number in (value, low, high))  # no -0
+    return form.format(value) + ("" if pd.isna(low) else f" [{form.format(low)}, {form.format(high)}]")

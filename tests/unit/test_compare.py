@@ -1,0 +1,283 @@
+"""Every figure of the comparison against one worked out by hand or by numpy."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sparsekv.errors import UserError
+from sparsekv.evaluation.compare import compare, summarize, write_summary
+from sparsekv.evaluation.levels import ALL_TASKS, levels
+from sparsekv.evaluation.results import load_results
+from tests.cells import write_cell
+
+TEXT = {"data": ("perplexity", None), "metrics": ("nll", "kl")}
+
+
+def write_run(out: Path, full: dict, evicted: dict, **options) -> Path:
+    """A run with the full cache and snapkv at 0.5."""
+    write_cell(out, "no_press", 0.0, full, **options)
+    write_cell(out, "snapkv", 0.5, evicted, **options)
+    return out
+
+
+def row(summary: pd.DataFrame, press: str = "snapkv", task: str = ALL_TASKS, **where: object) -> pd.Series:
+    """The one row of this press and task."""
+    chosen = summary[(summary.press == press) & (summary.task == task)]
+    for key, value in where.items():
+        chosen = chosen[chosen[key] == value]
+    assert len(chosen) == 1
+    return chosen.iloc[0]
+
+
+def test_every_task_counts_the_same_and_retention_is_the_ratio_of_the_averages(tmp_path: Path) -> None:
+    full = {"vt": [100, 100, 80, 100], "qa": [50, 70]}
+    summary = summarize(load_results(write_run(tmp_path, full, {"vt": [100, 0, 40, 100], "qa": [30, 30]})))
+    vt, both = row(summary, task="vt"), row(summary)
+    assert (vt.n, vt.score, vt.retention) == (4, 60.0, pytest.approx(60 / 95))
+    assert (both.n, both.score, both.retention) == (6, 45.0, pytest.approx(45 / 77.5))
+    assert both.ci_low < 45.0 < both.ci_high
+    assert both.retention_low < both.retention < both.retention_high
+    whole = row(summary, "no_press")
+    assert whole.retention == 1.0
+    assert (whole.model, whole.adapter, whole.seed, whole.commit) == ("tiny", "", "0", "abc1234")
+    assert set(summary.columns) >= {"benchmark", "data_dir", "metric", "compression_ratio", "reason"}
+
+
+def test_generations_are_averaged_before_rows(tmp_path: Path) -> None:
+    write_cell(tmp_path, "no_press", 0.0, {"aime": [[100, 0, 0, 0], [100, 100, 100, 100]]})
+    summary = summarize(load_results(tmp_path))
+    found = row(summary, "no_press", "aime")
+    assert (found.n, found.score) == (2, 62.5)
+    assert (found.ci_low, found.ci_high) == (25.0, 100.0)  # two rows are drawn, not eight answers
+
+
+def test_full_cache_that_scores_nothing_has_no_retention(tmp_path: Path) -> None:
+    summary = summarize(load_results(write_run(tmp_path, {"qa": [0, 0]}, {"qa": [0, 50]})))
+    assert row(summary).score == 25.0
+    assert summary[["retention", "retention_low", "retention_high"]].isna().all(axis=None)
+
+
+@pytest.mark.parametrize("scores", [[70], [70, 70, 70]])
+def test_one_row_or_equal_scores_have_no_interval(tmp_path: Path, scores: list[int]) -> None:
+    write_run(tmp_path / "a", {"qa": scores}, {"qa": scores})
+    results = load_results(tmp_path / "a")
+    found = row(summarize(results, results))
+    assert (found.score, found.retention, found.diff_base, found.p_base) == (70.0, 1.0, 0.0, 1.0)
+    names = ["ci_low", "ci_high", "retention_low", "retention_high", "diff_base_low", "diff_base_high"]
+    assert found[names].isna().all()
+
+
+def test_perplexity_is_retained_and_kl_is_not(tmp_path: Path) -> None:
+    full = {"text": [{"nll": 2.0, "kl": 0.1}, {"nll": 3.0, "kl": 0.1}]}
+    evicted = {"text": [{"nll": 2.5, "kl": 0.4}, {"nll": 3.1, "kl": 0.2}]}
+    write_run(tmp_path / "base", full, evicted, **TEXT)
+    better = {"text": [{"nll": 2.2, "kl": 0.1}, {"nll": 3.0, "kl": 0.3}]}
+    write_run(tmp_path / "trained", full, better, adapter="a", **TEXT)
+    results, base = load_results(tmp_path / "trained"), load_results(tmp_path / "base")
+    summary = summarize(results, base)
+    nll, kl = row(summary, metric="nll"), row(summary, metric="kl")
+    assert nll.retention == pytest.approx(math.exp(2.5) / math.exp(2.6))  # perplexities: full / evicted
+    assert nll.diff_base == pytest.approx(-0.2)
+    assert (nll.headline, kl.headline, nll.lower_is_better) == (True, False, True)
+    assert math.isnan(kl.retention)
+    assert kl.score == pytest.approx(0.2)
+
+
+def test_less_is_better_for_nats(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    nats = rng.normal(3.0, 0.3, 30)
+    for name, lost in (("base", 0.6), ("trained", 0.15)):
+        full, evicted = ({"text": [{"nll": x} for x in nats + more]} for more in (0, lost + rng.normal(0, 0.01, 30)))
+        write_run(tmp_path / name, full, evicted, adapter=None if name == "base" else name, **TEXT)
+    compare([str(tmp_path / "base"), str(tmp_path / "trained")], str(tmp_path))
+    assert row(pd.read_csv(tmp_path / "compare.csv"), run="trained").verdict_base == "better"
+    assert "| 75% [" in (tmp_path / "compare.md").read_text()
+
+
+def three_runs(out: Path, rows: int = 60) -> list[str]:
+    """Base loses half, control the same and some of its full cache, trained loses a quarter."""
+    rng = np.random.default_rng(0)
+    for name, full, kept in (("base", 80, 40), ("control", 70, 40), ("trained", 80, 60)):
+        for press, share, level in (("no_press", 0.0, full), ("snapkv", 0.5, kept), ("knorm", 0.5, 40)):
+            scores = {task: (level + rng.normal(0, 5, rows)).tolist() for task in ("vt", "qa")}
+            write_cell(out / name, press, share, scores, adapter=None if name == "base" else name)
+    return [str(out / name) for name in ("base", "control", "trained")]
+
+
+def test_paired_differences_and_verdicts(tmp_path: Path) -> None:
+    base, control, trained = map(load_results, three_runs(tmp_path))
+    summary = summarize(trained, base, control)
+    snapkv, knorm = row(summary), row(summary, "knorm")
+    assert snapkv.diff_base == pytest.approx(row(summary).score - row(summarize(base)).score)
+    assert snapkv.diff_base_low < 20 < snapkv.diff_base_high
+    assert (snapkv.verdict_base, snapkv.verdict_control) == ("better", "better")
+    assert (knorm.verdict_base, knorm.verdict_control) == ("no difference", "no difference")
+    assert row(summary, "no_press").verdict_control == "better"
+    regression = row(summarize(control, base), "no_press")
+    assert regression.verdict_base == "worse"
+    assert regression.diff_base_high < 0
+    assert (row(summarize(base, trained)).verdict_base, row(summarize(base, trained)).adapter) == ("worse", "")
+
+
+def test_holm_counts_the_cells_of_the_comparison(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    full, evicted = rng.normal(80, 9, 40), rng.normal(40, 9, 40)
+    write_run(tmp_path / "one" / "base", {"qa": full}, {"qa": evicted})
+    write_run(tmp_path / "one" / "trained", {"qa": full}, {"qa": evicted + rng.normal(3, 9, 40)}, adapter="a")
+    one = [load_results(tmp_path / "one" / name) for name in ("trained", "base")]
+    before = row(summarize(*one)).p_base
+    for index in range(8):
+        for name, adapter in (("base", None), ("trained", "a")):
+            write_cell(tmp_path / "one" / name, f"press{index}", 0.5, {"qa": full}, adapter=adapter)
+    many = [load_results(tmp_path / "one" / name) for name in ("trained", "base")]
+    assert before < 0.09
+    assert row(summarize(*many)).p_base == pytest.approx(min(1.0, before / 2 * 10))  # of 2 cells before, of 10 now
+
+
+def test_gap_closed_is_the_share_of_what_base_lost(tmp_path: Path) -> None:
+    base, control, trained = three_runs(tmp_path)
+    compare([base, control, trained], str(tmp_path / "out"))
+    score = {name: summarize(load_results(tmp_path / name)) for name in ("base", "control", "trained")}
+
+    def mean(name: str, press: str) -> float:
+        return row(score[name], press).score
+
+    gained = sum(mean("trained", press) - mean("base", press) for press in ("snapkv", "knorm"))
+    gap = sum(mean("base", "no_press") - mean("base", press) for press in ("snapkv", "knorm"))
+    kept = np.mean([mean("trained", press) / mean("trained", "no_press") for press in ("snapkv", "knorm")])
+    lines = [line.strip("| ").split(" | ") for line in (tmp_path / "out" / "compare.md").read_text().splitlines()]
+    figures = {line[0]: line[-1] for line in lines[::-1]}  # the headline comes first
+    assert "## Headline of ruler-local 4096: string_match (n = 120)" in figures
+    assert figures["full cache"].startswith(f"{mean('trained', 'no_press'):.1f} [")
+    assert figures["share of base's gap closed"].startswith(f"{gained / gap:.0%} [")
+    assert figures["mean retention of evicted cells (2)"].startswith(f"{kept:.1%} [")
+    assert figures["evicted cells against base"] == figures["evicted cells against control"] == "▲ 1 ▼ 0 = 1"
+    assert figures["full cache − control"].startswith("▲ +")
+
+
+def test_no_gap_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("base", "trained"):
+        write_run(tmp_path / name, {"qa": [10, 20]}, {"qa": [20, 30]}, adapter=None if name == "base" else name)
+    compare([str(tmp_path / "base"), str(tmp_path / "trained")], str(tmp_path / "out"))
+    assert "no gap to close" in (tmp_path / "out" / "compare.md").read_text()
+    assert not (tmp_path / "trained" / "compare.md").exists()
+    assert "full cache" in capsys.readouterr().out
+
+
+def test_full_cache_regression_shows_where_retention_rises(tmp_path: Path) -> None:
+    base = write_run(tmp_path / "base", {"qa": [90.0, 85, 95] * 10}, {"qa": [40.0, 45, 35] * 10})
+    trained = write_run(tmp_path / "t", {"qa": [50.0, 44, 57] * 10}, {"qa": [40.0, 45, 35] * 10}, adapter="t")
+    compare([str(base), str(trained)], str(tmp_path))
+    text = (tmp_path / "compare.md").read_text()
+    table = pd.read_csv(tmp_path / "compare.csv")
+    assert row(table, run="trained").retention > row(table, run="base").retention
+    assert "| 50.3 [" in text
+    assert "| ▼ -39.7 [" in text
+
+
+def test_what_is_unpaired_is_refused(tmp_path: Path) -> None:
+    base = load_results(write_run(tmp_path / "base", {"qa": [1, 2]}, {"qa": [1, 2]}))
+    other = load_results(write_run(tmp_path / "g", {"qa": [1, 2]}, {"qa": [1, 2]}, benchmark_fingerprint="g"))
+    with pytest.raises(UserError, match=r"g/ruler-local.*benchmark_fingerprint is g, but f"):
+        summarize(other, base)
+    short = load_results(write_run(tmp_path / "short", {"qa": [1]}, {"qa": [1]}))
+    with pytest.raises(UserError, match="lacks 1 of the 2 rows"):
+        summarize(short, base)
+
+
+def test_compare_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
+    base = write_run(tmp_path / "base", {"qa": [1, 2]}, {"qa": [1, 2]})
+    elsewhere = write_run(tmp_path / "else", {"qa": [1, 2]}, {"qa": [1, 2]}, data=("loogle", None))
+    with pytest.raises(UserError, match="1 folders given"):
+        compare([str(base)])
+    with pytest.raises(UserError, match="no finished cell in common"):
+        compare([str(base), str(elsewhere)])
+    with pytest.raises(UserError, match="no cell folder"):
+        compare([str(base), str(tmp_path / "nowhere")])
+
+
+def test_each_run_is_compared_with_the_same_model(tmp_path: Path) -> None:
+    for model, level in (("small", 10), ("large", 20)):
+        write_run(tmp_path / "base", {"qa": [90, 80]}, {"qa": [level, level]}, model=model)
+        write_run(tmp_path / "trained", {"qa": [90, 80]}, {"qa": [50, 50]}, model=model, adapter="a")
+    results, base = load_results(tmp_path / "trained"), load_results(tmp_path / "base")
+    summary = summarize(results, base)
+    assert row(summary, model="small").diff_base == 40
+    assert row(summary, model="large").diff_base == 30
+    with pytest.raises(UserError, match=r"holds several runs \(large; small\)"):
+        summarize(load_results(write_run(tmp_path / "x", {"qa": [1, 2]}, {"qa": [1, 2]}, model="merged")), base)
+
+
+def test_context_lengths_stay_apart_and_parts_that_are_tasks_are_averaged(tmp_path: Path) -> None:
+    for length, task, score in ((4096, "vt", 80), (8192, "qa", 60)):
+        write_cell(tmp_path, "no_press", 0.0, {task: [score, score]}, data=("ruler", length))
+    for task, metric, score in (("hotpotqa", "f1", 50), ("qmsum", "rouge", 20)):
+        write_cell(tmp_path, "no_press", 0.0, {task: [score, score]}, data=("longbench", task), metrics=[metric])
+    write_cell(tmp_path, "tova", 0.5, {"hotpotqa": [10, 10]}, data=("longbench", "hotpotqa"), metrics=["f1"])
+    average = summarize(load_results(tmp_path)).query("task == @ALL_TASKS").set_index(["benchmark", "data_dir"])
+    assert average.loc[("ruler", "4096")].score == 80
+    assert average.loc[("ruler", "8192")].score == 60
+    longbench = average.loc[("longbench", "")]  # tova lacks a task: it has no average
+    assert (longbench.press, longbench.score, longbench.metric) == ("no_press", 35, "f1, rouge")
+
+
+def test_average_is_over_the_tasks_that_both_runs_have(tmp_path: Path) -> None:
+    for name, tasks in (("base", ("hotpotqa", "qmsum", "trec")), ("trained", ("hotpotqa", "qmsum"))):
+        for index, task in enumerate(tasks):
+            adapter = None if name == "base" else name
+            write_cell(tmp_path / name, "no_press", 0.0, {task: [index, index]}, data=("lb", task), adapter=adapter)
+    runs = {name: load_results(tmp_path / name) for name in ("base", "trained")}
+    [average] = [level for level in levels(runs) if level.task == ALL_TASKS]
+    assert average.n == 4
+    assert average.means.value.tolist() == [0.5, 0.5]
+
+
+def test_figures_of_a_task_do_not_depend_on_what_else_is_there(tmp_path: Path) -> None:
+    scores = {"qa": [1, 5, 9, 2, 7]}
+    write_run(tmp_path, scores, scores)
+    before = row(summarize(load_results(tmp_path)), task="qa")
+    write_cell(tmp_path, "adakv", 0.5, {"qa": [3, 3, 4, 5, 9]})
+    write_run(tmp_path, {"a": [4, 2]}, {"a": [4, 1]}, data=("another", None))
+    pd.testing.assert_series_equal(row(summarize(load_results(tmp_path)), task="qa"), before, check_names=False)
+
+
+def test_summary_files(tmp_path: Path) -> None:
+    write_run(tmp_path, {"vt": [90, 80, 85], "qa": [50, 40, 70]}, {"vt": [60, 70, 50], "qa": [20, 0, 10]})
+    folder = write_cell(tmp_path, "duo", 0.5, {"vt": [1], "qa": [1]})
+    (folder / "profile.json").unlink()
+    (folder / "unavailable.json").write_text('{"reason": "no | pattern"}')
+    write_summary(tmp_path)
+    table, parquet = pd.read_csv(tmp_path / "summary.csv"), pd.read_parquet(tmp_path / "summary.parquet")
+    assert len(table) == len(parquet) == 2 * 3 + 1
+    assert row(table, "duo").reason == "no | pattern"
+    assert math.isnan(row(parquet, "duo").score)
+    assert "diff_base" not in table
+    text = (tmp_path / "summary.md").read_text()
+    assert "- run: tiny, no adapter; seed 0; commit abc1234" in text
+    assert "| full cache | 69.2 [" in text
+    assert "vt (n = 3)" in text
+    assert "no \\| pattern" in text
+    assert "bootstrap interval" in text
+    first = {name: (tmp_path / name).read_bytes() for name in ("summary.csv", "summary.md")}
+    write_summary(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in first} == first
+    assert not list(tmp_path.glob(".summary*"))
+
+
+def test_summary_compares_a_trained_run_with_its_own_base(tmp_path: Path) -> None:
+    write_run(tmp_path / "base", {"qa": [90, 80]}, {"qa": [10, 20]})
+    write_run(tmp_path / "trained", {"qa": [90, 80]}, {"qa": [40, 50]}, adapter="a")
+    write_summary(tmp_path)
+    table = pd.read_csv(tmp_path / "summary.csv", keep_default_na=False, na_values=[""]).fillna({"adapter": ""})
+    assert row(table, adapter="a").diff_base == 30
+    assert math.isnan(row(table, adapter="").diff_base)
+
+
+def test_summary_without_any_finished_cell(tmp_path: Path) -> None:
+    (write_cell(tmp_path, "tova", 0.5, {"qa": [1]}) / "metrics.json").unlink()
+    write_summary(tmp_path)
+    assert pd.read_csv(tmp_path / "summary.csv").reason.tolist() == ["not finished"]
+    assert "tova, 50%" in (tmp_path / "summary.md").read_text()

@@ -1,0 +1,151 @@
+"""Intervals cover the truth as often as they say, p-values are uniform when nothing differs."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from sparsekv.evaluation.statistics import (
+    FLIPS,
+    Sampled,
+    average,
+    bootstrap_means,
+    holm,
+    interval,
+    p_values,
+    ratio,
+    sign_flipped_means,
+)
+
+TRIALS = 600  # experiments, each a column
+
+
+def covered(sampled: Sampled, truth: float) -> float:
+    """Share of the columns whose interval holds the truth."""
+    low, high = interval(sampled)
+    return float(np.mean((low <= truth) & (truth <= high)))
+
+
+@pytest.mark.parametrize("law", ["normal", "coin", "skewed"])
+def test_interval_of_a_mean_covers_it(law: str) -> None:
+    rng = np.random.default_rng(1)
+    size = (60, TRIALS)
+    values = {
+        "normal": lambda: rng.normal(50.0, 10.0, size),
+        "coin": lambda: 100.0 * rng.integers(2, size=size),
+        "skewed": lambda: rng.exponential(50.0, size),
+    }[law]()
+    assert 0.91 < covered(bootstrap_means(values, 0), 50.0) < 0.97
+
+
+def test_interval_of_retention_covers_it_and_pairing_narrows_it() -> None:
+    rng = np.random.default_rng(2)
+    full = rng.normal(80.0, 20.0, (60, TRIALS))
+    evicted = 0.75 * full + rng.normal(0.0, 5.0, full.shape)
+    paired = ratio(bootstrap_means(evicted, 0), bootstrap_means(full, 0))
+    unpaired = ratio(bootstrap_means(evicted, 0), bootstrap_means(full, 1))
+    assert 0.91 < covered(paired, 0.75) < 0.97
+    assert np.ptp(interval(paired), axis=0).mean() < 0.5 * np.ptp(interval(unpaired), axis=0).mean()
+
+
+def test_interval_of_an_average_over_tasks_covers_it() -> None:
+    rng = np.random.default_rng(3)
+    tasks = [rng.normal(mean, spread, (n, TRIALS)) for mean, spread, n in [(10.0, 5.0, 40), (90.0, 30.0, 60)]]
+    together = average([bootstrap_means(values, seed) for seed, values in enumerate(tasks)])
+    assert np.allclose(together.value, (tasks[0].mean(axis=0) + tasks[1].mean(axis=0)) / 2)
+    assert 0.92 < covered(together, 50.0) < 0.97
+
+
+def test_intervals_are_those_of_scipy() -> None:
+    rng = np.random.default_rng(4)
+    full = rng.exponential(50.0, 40)
+    evicted = full * rng.random(40)
+    ours = bootstrap_means(np.column_stack([evicted, full]), 0)
+    for statistic, figure in [
+        (lambda a, b, axis: a.mean(axis=axis), ours.take([0])),
+        (lambda a, b, axis: a.mean(axis=axis) / b.mean(axis=axis), ratio(ours.take([0]), ours.take([1]))),
+    ]:
+        theirs = stats.bootstrap((evicted, full), statistic, paired=True, method="percentile", rng=0)
+        width = np.ptp(theirs.confidence_interval)
+        assert np.ravel(interval(figure)) == pytest.approx(theirs.confidence_interval, abs=0.06 * width)
+
+
+@pytest.mark.parametrize("values", [np.full((20, 1), 100 / 3), np.array([[70.0]]), np.zeros((5, 1))])
+def test_nothing_to_draw_from_gives_no_interval(values: np.ndarray) -> None:
+    assert np.isnan(interval(bootstrap_means(values, 0))).all()
+    assert p_values(sign_flipped_means(values - values, 0)) == 1.0
+
+
+def test_ratio_to_nothing_is_undefined() -> None:
+    rows = np.array([[1.0, 0.0, 0.0]] * 4 + [[2.0, 0.0, 9.0]])
+    means = bootstrap_means(rows, 0)
+    undefined = ratio(means.take([0, 1]), means.take([1, 1]))
+    assert np.isnan(undefined.value).all()
+    assert np.isnan(interval(undefined)).all()
+    rare = ratio(means.take([0]), means.take([2]))  # a third of the resamples lack the only row above 0
+    assert rare.value == pytest.approx(1.2 / 1.8)
+    assert np.isnan(interval(rare)).all()
+
+
+def test_p_values_are_uniform_when_nothing_differs() -> None:
+    rng = np.random.default_rng(5)
+    tasks = [
+        rng.normal(0.0, spread, (n, TRIALS)) * (rng.random((n, TRIALS)) < 0.5) for spread, n in ((5, 30), (50, 20))
+    ]
+    flipped = [sign_flipped_means(values, seed) for seed, values in enumerate(tasks)]
+    assert stats.kstest(p_values(flipped[0]), "uniform").pvalue > 0.01
+    assert stats.kstest(p_values(average(flipped)), "uniform").pvalue > 0.01
+    assert np.mean(p_values(sign_flipped_means(tasks[0] + 3.0, 0)) < 0.05) > 0.9
+
+
+def test_p_values_of_right_or_wrong_scores_keep_their_level() -> None:
+    rng = np.random.default_rng(6)
+    differences = rng.choice([0.0, 100.0, -100.0], p=[0.6, 0.2, 0.2], size=(150, TRIALS))
+    p = p_values(sign_flipped_means(differences, 0))
+    for level in (0.05, 0.2, 0.5):  # ties count against a difference, so the share lies a step lower
+        assert level - 0.12 < np.mean(p <= level) < level + 3 * np.sqrt(level * (1 - level) / TRIALS)
+
+
+def test_p_value_is_never_zero() -> None:
+    assert p_values(sign_flipped_means(np.ones((100, 1)), 0)) == 1 / (1 + FLIPS)
+
+
+def test_p_value_is_the_exact_one_of_scipy() -> None:
+    differences = np.array([3.0, -1.0, 4.0, 1.0, 5.0, 2.0, -6.0, 5.0, 3.0])
+    exact = stats.permutation_test(
+        (differences,), lambda x, axis: x.mean(axis=axis), permutation_type="samples", n_resamples=np.inf
+    ).pvalue
+    assert p_values(sign_flipped_means(differences[:, None], 0)) == pytest.approx(exact, abs=0.012)
+
+
+def test_flipping_two_runs_alike_is_flipping_their_difference() -> None:
+    runs = np.random.default_rng(6).random((30, 2))
+    flipped = sign_flipped_means(runs, 0)
+    both = flipped.take([1]) - flipped.take([0])
+    assert np.allclose(both.draws, sign_flipped_means(runs[:, [1]] - runs[:, [0]], 0).draws)
+
+
+def test_a_cell_does_not_depend_on_its_neighbours_or_on_chance() -> None:
+    values = np.random.default_rng(7).random((500, 3))  # flips take several blocks
+    for sample in (bootstrap_means, sign_flipped_means):
+        assert np.allclose(sample(values, 0).take([2]).draws, sample(values[:, [2]], 0).draws)
+        assert not np.allclose(sample(values, 0).draws, sample(values, 1).draws)
+
+
+def test_holm_by_hand() -> None:
+    # 4 × .005, 3 × .01, 2 × .03, 1 × .04 but not below the one before.
+    assert holm(np.array([0.01, 0.04, np.nan, 0.03, 0.005])) == pytest.approx(
+        [0.03, 0.06, np.nan, 0.06, 0.02], nan_ok=True
+    )
+    assert holm(np.array([0.4, 0.9])).tolist() == [0.8, 0.9]
+    assert holm(np.array([0.6, 0.9])).tolist() == [1.0, 1.0]
+
+
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_holm_lies_between_the_p_values_and_bonferroni(values: list[float]) -> None:
+    p = np.array(values)
+    adjusted = holm(p)
+    assert (adjusted >= p).all()
+    assert (adjusted <= np.minimum(1, p * len(p))).all()
+    assert (np.diff(adjusted[np.argsort(p, kind="stable")]) >= 0).all()
