@@ -7,12 +7,12 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pkgutil import resolve_name
+from typing import Any, cast, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
-from transformers.utils.logging import disable_progress_bar
 
 from sparsekv.errors import UserError
 
@@ -38,23 +38,30 @@ class MergeConfig:
     output_dir: str
 
 
-def make_parser() -> ArgumentParser:
-    """`sparsekv train | merge | demo`."""
-    from sparsekv.demo import DemoConfig
-    from sparsekv.training.config import TrainConfig
+# Command → what it does, and where the schema of its options is: `--help` imports none, a command its own.
+COMMANDS = {
+    "train": ("Eviction-invariant training: from text to an adapter.", "sparsekv.training.config:TrainConfig"),
+    "eval": ("The press × ratio matrix: what eviction costs a model.", "sparsekv.evaluation.config:EvalConfig"),
+    "compare": ("Results of base, control and trained side by side: what training changed.", None),
+    "merge": ("Merge an adapter into its base model.", "sparsekv.cli:MergeConfig"),
+    "demo": ("Train a small real model here and compare base, control and trained.", "sparsekv.demo:DemoConfig"),
+}
 
+
+def make_parser(commands: Iterable[str] = COMMANDS) -> ArgumentParser:
+    """`sparsekv train | eval | compare | merge | demo`; only the commands named know their options."""
     about = "Train language models so that evicting their KV cache costs little."
     parser = ArgumentParser(prog="sparsekv", description=about, exit_on_error=False)
-    commands = parser.add_subcommands(metavar="command", dest="command")
-    for name, schema, summary in (
-        ("train", TrainConfig, "Eviction-invariant training: from text to an adapter."),
-        ("merge", MergeConfig, "Merge an adapter into its base model."),
-        ("demo", DemoConfig, "Train a small real model here and compare base, control and trained."),
-    ):
+    subcommands = parser.add_subcommands(metavar="command", dest="command")
+    for name, (summary, schema) in COMMANDS.items():
         command = ArgumentParser(description=summary, exit_on_error=False)
-        command.add_argument("--config", action=ActionConfigFile, help="YAML file of options; flags win.")
-        command.add_class_arguments(schema, as_group=False, fail_untyped=True)
-        commands.add_subcommand(name, command, help=summary)
+        if schema is None:
+            command.add_argument("folders", nargs="+", help="Results of the base, a control if any, the trained model.")
+            command.add_argument("--output", type=str, help="Folder for compare.md and compare.csv.")
+        elif name in commands:
+            command.add_argument("--config", action=ActionConfigFile, help="YAML file of options; flags win.")
+            command.add_class_arguments(resolve_name(schema), as_group=False, fail_untyped=True)
+        subcommands.add_subcommand(name, command, help=summary)
     return parser
 
 
@@ -70,6 +77,18 @@ def run(name: str, values: dict[str, Any]) -> int:
             return STOPPED
         if int(os.environ.get("RANK", 0)) == 0:
             print(final)
+    elif name == "eval":
+        from sparsekv.evaluation.config import EvalConfig
+        from sparsekv.evaluation.run import evaluate
+
+        stopped = evaluate(EvalConfig(**values))
+        if stopped is not None:
+            print("stopped; the same command continues", file=sys.stderr)
+            return 128 + stopped
+    elif name == "compare":
+        from sparsekv.evaluation.compare import compare
+
+        compare(values["folders"], values["output"])
     elif name == "merge":
         from sparsekv.models import merge_adapter
 
@@ -86,17 +105,22 @@ def run(name: str, values: dict[str, Any]) -> int:
 
 def spell_out_switches(arguments: Sequence[str]) -> list[str]:
     """`--resume` → `--resume true`, for every option that is true or false."""
-    from sparsekv.training.anchor import AnchorConfig
-    from sparsekv.training.config import TrainConfig
-
-    switches = {f"--{field.name}" for field in dataclasses.fields(TrainConfig) if field.type is bool}
-    switches |= {f"--anchors.{field.name}" for field in dataclasses.fields(AnchorConfig) if field.type == "bool"}
+    schema = COMMANDS.get(arguments[0], ("", None))[1] if arguments else None
+    switches = set(_switches(resolve_name(schema))) if schema else set()
     spelled: list[str] = []
     for argument, following in itertools.pairwise([*arguments, "--"]):
         spelled.append(argument)
         if argument in switches and following.startswith("--"):
             spelled.append("true")
     return spelled
+
+
+def _switches(schema: type, prefix: str = "--") -> Iterator[str]:
+    for name, kind in get_type_hints(schema).items():
+        if kind is bool:
+            yield prefix + name
+        elif dataclasses.is_dataclass(kind):
+            yield from _switches(cast(type, kind), f"{prefix}{name}.")
 
 
 def files_first(arguments: Sequence[str]) -> list[str]:
@@ -111,7 +135,7 @@ def files_first(arguments: Sequence[str]) -> list[str]:
 
 def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The command and the values of its options."""
-    parser = make_parser()
+    parser = make_parser(arguments[:1])
     try:
         options = parser.parse_args(files_first(spell_out_switches(arguments)))
     except UnicodeDecodeError as error:
@@ -138,6 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `sparsekv` command."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sparsekv").setLevel(logging.INFO)
+    logging.getLogger("kvpress").setLevel(logging.ERROR)  # some presses advise whenever one is made
+    from transformers.utils.logging import disable_progress_bar
+
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading weights: hundreds of lines in a log file
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -146,6 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (UserError, ArgumentError) as error:
         print(f"sparsekv: {one_line(error)}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     sys.exit(status)
 
 

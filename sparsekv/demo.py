@@ -24,8 +24,9 @@ from sparsekv.evaluation.summary import TASKS, summarize
 from sparsekv.files import write_json, write_text
 from sparsekv.models import load_model, load_tokenizer
 from sparsekv.training.config import TrainConfig
-from sparsekv.training.output import FINAL, commit
+from sparsekv.training.output import FINAL
 from sparsekv.training.run import train
+from sparsekv.version import commit
 
 PRESSES = ("snapkv", "streaming_llm", "knorm", "keydiff")
 RATIOS = (0.5,)

@@ -5,6 +5,7 @@ Whatever cannot be loaded ends in one line that names the flag; weights are read
 
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,14 @@ from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
 from sparsekv.demo_model import DEMO_MODEL, demo_model_folder
@@ -72,6 +80,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     return _load(AutoTokenizer, name, source, trust_remote_code=trust_remote_code)
 
 
+def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Configuration of the model that `name` stands for (see `resolve_model`)."""
+    return _load(AutoConfig, name, resolve_model(name), trust_remote_code=trust_remote_code)
+
+
 def load_model(
     name: str, dtype: str = "auto", device_map: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
@@ -92,7 +105,7 @@ def load_model(
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: choose auto, {', '.join(DTYPES)}")
-    _check_device_map(device_map)
+    check_device(device_map, "--device_map")
     source = resolve_model(name)
     model, report = _load(
         AutoModelForCausalLM,
@@ -161,6 +174,21 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
     return wrapped
 
 
+def check_adapter(config: PreTrainedConfig, adapter: str | Path, trust_remote_code: bool = False) -> None:
+    """Raise as `load_adapter` does, without the model's weights.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        Of the base.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: nothing is copied into a model without weights
+        load_adapter(model, adapter)
+
+
 def merge_adapter(model_name: str, adapter: str | Path, output_dir: str | Path) -> None:
     """Write base + adapter as one plain model with its tokenizer to `output_dir`, in the base's dtype.
 
@@ -220,18 +248,18 @@ def _local_if_offline(source: str) -> str:
         ) from error
 
 
-def _check_device_map(device_map: str | None) -> None:
-    """Raise UserError unless `device_map` is a placement or a device that exists here."""
+def check_device(device_map: str | None, flag: str) -> None:
+    """Raise UserError, naming the flag, unless `device_map` is a placement or a device that exists here."""
     if device_map is None or device_map in PLACEMENTS:
         return
     try:
         device = torch.device(device_map)
     except RuntimeError as error:
-        raise UserError(f"--device_map {device_map}: choose cpu, cuda, cuda:N, {', '.join(PLACEMENTS)}") from error
+        raise UserError(f"{flag} {device_map}: choose cpu, cuda, cuda:N, {', '.join(PLACEMENTS)}") from error
     accelerator = torch.accelerator.current_accelerator() or torch.device("cpu")
     present = torch.accelerator.device_count() if device.type == accelerator.type else 0
     if device.type != "cpu" and (device.index or 0) >= present:
-        raise UserError(f"--device_map {device_map}: this machine has {present} such devices; use cpu or auto")
+        raise UserError(f"{flag} {device_map}: this machine has {present} such devices; use cpu or auto")
 
 
 def _gist(error: Exception) -> str:

@@ -168,14 +168,12 @@ class Engine:
         return 2 * config.num_hidden_layers * config.num_key_value_heads * tokens * dim * self.model.dtype.itemsize
 
     def _batches(self, pool: Sequence[_Pending]) -> Iterator[list[_Pending]]:
-        """Rows of like length together, as many as fit; the full caches that others are compared to come first."""
+        """Rows of like length together, as many as fit."""
         batch: list[_Pending] = []
-        order = sorted(pool, key=lambda p: (p.cell != FULL_CACHE or p.row.max_new_tokens > 0, -p.row.slots))
-        for pending in order:
-            widest = batch[0].row.slots if batch else 0
-            if batch and (
-                len(batch) == self._max_rows or self._full_bytes(widest) * (len(batch) + 1) > self.budget / 2
-            ):
+        for pending in sorted(pool, key=_order):
+            widest = max((waiting.row.slots for waiting in batch), default=0)
+            too_large = self._full_bytes(max(widest, pending.row.slots)) * (len(batch) + 1) > self.budget / 2
+            if batch and (too_large or len(batch) == self._max_rows):
                 yield batch
                 batch = []
             batch.append(pending)
@@ -317,6 +315,12 @@ class Engine:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
+
+
+def _order(pending: _Pending) -> tuple[bool, int, int]:
+    """The full caches that likelihoods are compared to come first, then the longest answers over the largest caches."""
+    reference = pending.row.max_new_tokens == 0 and pending.cell == FULL_CACHE
+    return not reference, -pending.row.max_new_tokens, -pending.row.slots
 
 
 def _row(question: Question, cache: EvictedCache, generation: int) -> Row:

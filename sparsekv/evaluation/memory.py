@@ -7,12 +7,12 @@ GIB = 2**30
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes for caches: six tenths of what is free on a GPU now (the model is loaded), a quarter of free host memory.
+    """Bytes for caches: eight tenths of what is free on a GPU now (the model is loaded), a quarter of free host memory.
 
     The rest is for activations, logits and everybody else.
     """
     if device.type == "cuda":
-        return int(0.6 * torch.cuda.mem_get_info(device)[0])
+        return int(0.8 * torch.cuda.mem_get_info(device)[0])
     return int(0.25 * psutil.virtual_memory().available)
 
 

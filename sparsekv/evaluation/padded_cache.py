@@ -65,17 +65,16 @@ class PaddedLayer(DynamicLayer):
 
     def mask(self, queries: int) -> Tensor:
         """Bool[B, 1 or G, S, K]: what the last S tokens may see. A padding token sees itself, so that none is NaN."""
-        column = torch.arange(self.used, device=self.real.device)
+        real = self.real[:, :, None, : self.used]
+        if queries == 1:
+            return real
+        column = torch.arange(self.used, device=real.device)
         own = column[-queries:, None]
-        return (self.real[:, :, None, : self.used] & (column <= own)) | (column == own)
+        return (real & (column <= own)) | (column == own)
 
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Drop all but these rows (ascending), in place."""
-        for target, source in enumerate(rows):
-            if target != source:
-                for tensor in (self.keys, self.values, self.real):
-                    tensor[target] = tensor[source]
-        self.keys, self.values, self.real = (x[: len(rows)] for x in (self.keys, self.values, self.real))
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all but these rows, Long[≤ B]."""
+        self.keys, self.values, self.real = self.keys[rows], self.values[rows], self.real[rows]
 
     def get_seq_length(self) -> int:
         """Columns so far."""
@@ -99,9 +98,10 @@ class PaddedCache(Cache):
         super().__init__(layers=list(self.padded))
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Drop all but these rows (ascending), in place."""
+        """Drop all but these rows."""
+        index = torch.tensor(rows, device=self.padded[0].keys.device)
         for layer in self.padded:
-            layer.keep_rows(rows)
+            layer.keep_rows(index)
 
 
 def padded_attention(

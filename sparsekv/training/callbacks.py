@@ -1,11 +1,8 @@
 """What happens around a training step: the schedule steps, figures are written, a signal stops the run cleanly."""
 
 import json
-import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsekv.files import write_text, writing
+from sparsekv.signals import StopSignal
 from sparsekv.training.scheduler import KeepRatioScheduler
 
 METRICS = "metrics.jsonl"
@@ -77,29 +75,20 @@ class StopCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.stopped = False
-        self._signalled = False
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
-        signal.signal(number, self._previous[signal.Signals(number)])  # a second one acts at once
+        self._signal = StopSignal()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return  # only there may handlers be set
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._on_signal)
+        self._signal.watch()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # A signal reaches processes at different steps, or only one of them: they stop together.
-        signals = reduce(torch.tensor(float(self._signalled), device=args.device), reduction="sum")
+        signals = reduce(torch.tensor(float(self._signal.number is not None), device=args.device), reduction="sum")
         self.stopped = bool(signals > 0) and state.global_step < state.max_steps
         if self.stopped:
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
         """Give the signals back, also after a run that failed."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._signal.restore()

@@ -1,22 +1,20 @@
 """The files of a training run: which folder may be used, what is recorded, what is left at the end."""
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sparsekv.errors import UserError
-from sparsekv.files import readable, write_json, write_text, writing
+from sparsekv.files import check_writable, readable, write_json, write_text, writing
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import SCHEDULER_STATE, STAGING, EITTrainer
 from sparsekv.training.model_card import model_card
-from sparsekv.version import VERSION
+from sparsekv.version import commit, versions
 
 RUN_CONFIG = "eit_config.json"
 FINAL = "final"
@@ -25,15 +23,7 @@ MAY_CHANGE_ON_RESUME = {"resume", "save_steps", "eval_steps", "logging_steps", "
 
 def usable_checkpoint(out: Path, config: TrainConfig) -> Path | None:
     """The checkpoint to resume from, if any; raise UserError when the folder cannot be used. Writes nothing."""
-    existing = out
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"--output_dir {out}: {existing} is a file; name a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {out}: {existing} is not writable; name a folder that is")
-    if shutil.disk_usage(existing).free < 64 * 2**20:
-        raise UserError(f"--output_dir {out}: less than 64 MiB are free there; name a folder on another disk")
+    check_writable(out, "--output_dir")
     if not out.exists() or not any(out.iterdir()):
         return None
     if not config.resume:
@@ -86,21 +76,12 @@ def removed_if_unused(out: Path) -> Iterator[None]:
 def run_record(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
     """What is needed to run this again: options, versions, commit, data."""
     packages = ("torch", "transformers", "peft", "kvpress", "accelerate", "datasets")
-    versions = {"sparsekv": VERSION} | {name: importlib.metadata.version(name) for name in packages}
-    return {"config": asdict(config), "versions": versions, "commit": commit(), "data_fingerprint": fingerprint}
-
-
-def commit() -> str | None:
-    """The commit of the checkout that the package runs from, `-dirty` if changed; None when it is installed."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
-        if tracked.returncode:
-            return None
-        described = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(described, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+    return {
+        "config": asdict(config),
+        "versions": versions(packages),
+        "commit": commit(),
+        "data_fingerprint": fingerprint,
+    }
 
 
 def save_final(trainer: EITTrainer, out: Path, record: dict[str, Any]) -> None:

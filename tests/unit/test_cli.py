@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,13 @@ from tiny import as_flags, messages, run_options, save_tiny
 
 from sparsekv import cli
 from sparsekv.cli import main, make_parser
+from sparsekv.evaluation.config import EvalConfig, RunConfig
+from sparsekv.presses import is_decoding, make_press
 from sparsekv.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+MATRIX = ROOT / "configs" / "matrix.yaml"
+CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - {MATRIX})
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +38,21 @@ def train_values(monkeypatch):
         monkeypatch.setattr("sparsekv.training.run.train", lambda config: seen.append(config) or Path("final"))
         with pytest.raises(SystemExit) as ended:
             main(["train", *arguments])
+        assert ended.value.code == 0
+        return seen[0]
+
+    return values
+
+
+@pytest.fixture
+def eval_values(monkeypatch):
+    """Function from arguments to the EvalConfig that `sparsekv eval` would run with."""
+
+    def values(*arguments: str) -> EvalConfig:
+        seen = []
+        monkeypatch.setattr("sparsekv.evaluation.run.evaluate", seen.append)
+        with pytest.raises(SystemExit) as ended:
+            main(["eval", *arguments])
         assert ended.value.code == 0
         return seen[0]
 
@@ -158,6 +178,170 @@ def test_every_option_is_explained():
     for name, command in make_parser()._subcommands_action._name_parser_map.items():
         for action in command._actions:
             assert action.help, f"{name} --{action.dest}"
+
+
+# ---- eval and compare ----
+
+
+def test_the_matrix(eval_values):
+    """Two models, three runs each, four benchmarks, 13 cells of each."""
+    found = eval_values("--config", str(MATRIX), "--out", "results")
+    folders, suites = found.folders(), found.suites()
+    assert [str(folder) for folder in folders] == [f"results/{name}" for name in found.runs]
+    assert Counter(run.model for run in folders.values()) == {
+        "Qwen/Qwen3-8B": 3,
+        "meta-llama/Llama-3.1-8B-Instruct": 3,
+    }
+    assert len({run.adapter for run in folders.values()}) == 5
+    assert [(suite.name, suite.data_dir) for suite in suites] == [
+        *(("ruler", 4096), ("ruler", 16384), ("longbench", None), ("aime25", None))
+    ]
+    for suite in suites:
+        assert len(suite.cells()) == 13
+        for press, ratio in suite.cells()[1:]:
+            make_press(press, ratio)
+            assert is_decoding(press) == (suite.name == "aime25")
+    assert (suites[0].num_generations, suites[3].num_generations) == (1, 8)
+    chosen = eval_values("--config", str(MATRIX), "--out", "o", "--only", "qwen3-8b-base,llama31-8b-base").folders()
+    assert [run.adapter for run in chosen.values()] == [None, None]
+
+
+EVAL = ("--model", "m", "--out", "o")
+
+
+def test_lists_as_flags_and_in_files(eval_values, tmp_path):
+    flags = eval_values(
+        *EVAL, "--presses", "snapkv:window_size=32,knorm", "--ratios", "0.3,0.5", "--benchmark", "ruler"
+    )
+    file = tmp_path / "eval.yaml"
+    file.write_text("presses: [snapkv:window_size=32, knorm]\nratios: [0.3, 0.5]\nbenchmark: [ruler]\ndtype: float16\n")
+    filed = eval_values("--config", str(file), *EVAL)
+    assert flags.cells() == filed.cells()
+    assert flags.cells() == [
+        *(("no_press", 0.0), ("snapkv:window_size=32", 0.3), ("snapkv:window_size=32", 0.5)),
+        *(("knorm", 0.3), ("knorm", 0.5)),
+    ]
+    assert filed.dtype == "float16"
+    assert eval_values("--config", str(file), *EVAL, "--dtype", "bfloat16").dtype == "bfloat16"
+    assert eval_values(*EVAL, "--ratios", "0.3", "--presses", "no_press,knorm,knorm").cells() == [
+        *(("no_press", 0.0), ("knorm", 0.3))
+    ]
+
+
+def test_each_benchmark_has_its_own_part(eval_values, tmp_path):
+    """A data_dir is never handed to another benchmark; other options are, unless an entry has its own."""
+    (tmp_path / "a:b.jsonl").write_text("")
+    file = str(tmp_path / "a:b.jsonl")
+    suites = eval_values(*EVAL, "--benchmark", f"ruler:4096,longbench,{file}", "--num_samples", "3").suites()
+    assert [(suite.name, suite.data_dir) for suite in suites] == [
+        *(("ruler", "4096"), ("longbench", None), (file, None))
+    ]
+    assert {suite.num_samples for suite in suites} == {3}
+    (alone,) = eval_values(*EVAL, "--benchmark", "ruler", "--data_dir", "4096").suites()
+    assert alone.data_dir == "4096"
+    entries = "[{name: ruler, data_dir: 4096, num_samples: 5}, {name: longbench, chat_template: false}]"
+    suites = eval_values(*EVAL, "--num_samples", "3", "--benchmarks", entries).suites()
+    assert [(s.data_dir, s.num_samples, s.chat_template) for s in suites] == [(4096, 5, True), (None, 3, False)]
+
+
+def test_switches_of_eval(eval_values):
+    found = eval_values(*EVAL, "--enable_thinking", "--query_aware", "--chat_template", "false", "--shard", "0/2")
+    assert (found.enable_thinking, found.query_aware, found.chat_template) == (True, True, False)
+    assert eval_values(*EVAL).folders() == {Path("o"): RunConfig("m", None)}
+    assert [suite.name for suite in eval_values(*EVAL).suites()] == ["ruler-local"]
+    assert len(eval_values(*EVAL).cells()) == 13
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--out", "o"], "--model or runs"),
+        (["--model", "m"], "--out is missing"),
+        ([*EVAL, "--runs", "{a: {model: m}}"], "--model or runs"),
+        (["--out", "o", "--runs", "{a: {adapter: m}}"], "runs: a lacks its model"),
+        (["--out", "o", "--runs", "{../a: {model: m}}"], "runs: '../a'"),
+        (["--out", "o", "--runs", "{a: {model: m}}", "--adapter", "x"], "--adapter"),
+        (["--out", "o", "--runs", "{a: {model: m}}", "--only", "b"], "--only b: no such run; there are a"),
+        ([*EVAL, "--ratios", "0.3,1"], "--ratios 1:"),
+        ([*EVAL, "--ratios", "-0.1"], "--ratios -0.1"),
+        ([*EVAL, "--ratios", "half"], "--ratios half"),
+        ([*EVAL, "--ratios", "nan"], "--ratios nan"),
+        ([*EVAL, "--shard", "3/2"], "--shard 3/2"),
+        ([*EVAL, "--shard", "2/2"], "--shard 2/2"),
+        ([*EVAL, "--shard", "one"], "--shard one"),
+        ([*EVAL, "--num_samples", "0"], "--num_samples 0"),
+        ([*EVAL, "--num_samples", "many"], "--num_samples"),
+        ([*EVAL, "--context_length", "0"], "--context_length 0"),
+        ([*EVAL, "--temperature", "-1"], "--temperature -1"),
+        ([*EVAL, "--top_p", "0"], "--top_p 0"),
+        ([*EVAL, "--top_k", "-1"], "--top_k -1"),
+        ([*EVAL, "--num_generations", "4"], "--num_generations 4"),
+        ([*EVAL, "--memory_budget_gib", "0"], "--memory_budget_gib 0"),
+        ([*EVAL, "--seed", "-1"], "--seed -1"),
+        ([*EVAL, "--benchmark", "a,b", "--data_dir", "4096"], "--data_dir 4096"),
+        ([*EVAL, "--benchmark", "a", "--benchmarks", "[{name: b}]"], "--benchmark or benchmarks"),
+        ([*EVAL, "--benchmarks", "[{name: b, num_sampels: 3}]"], "num_sampels"),
+        ([*EVAL, "--benchmarks", "[{name: b, num_samples: many}]"], "benchmarks: b: "),
+        ([*EVAL, "--benchmarks", "[{data_dir: b}]"], "benchmarks: "),
+        ([*EVAL, "--no_such_option", "1"], "--no_such_option"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_bad_values_of_eval(capsys, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in failure(capsys, "eval", *arguments)
+    assert not any(tmp_path.iterdir())
+
+
+def test_eval_of_what_is_not_there(options, capsys, tmp_path):
+    """One line from each layer below: a press, a benchmark, a file without its columns, an empty answer."""
+    arguments = ["--model", options["model"], "--device", "cpu", "--out", str(tmp_path / "out")]
+    row = {"context": "c", "question": "q", "answer_prefix": "", "max_new_tokens": 1, "task": "t"}
+    for name, answer in (("columns.jsonl", {}), ("empty.jsonl", {"answer": ""})):
+        (tmp_path / name).write_text(json.dumps(row | answer) + "\n")
+    for benchmark, presses, said in (
+        ("perplexity", "snapvk", "snapkv"),
+        ("perplexity", "knorm", "the model has 2048 positions"),  # 4096 tokens by default
+        ("perplexty", "knorm", "perplexity"),
+        (str(tmp_path / "columns.jsonl"), "knorm", "answer"),
+        (str(tmp_path / "empty.jsonl"), "knorm", "answer"),
+    ):
+        line = failure(capsys, "eval", *arguments, "--benchmark", benchmark, "--presses", presses)
+        assert said in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_status_of_a_stopped_eval(monkeypatch, capsys, number):
+    monkeypatch.setattr("sparsekv.evaluation.run.evaluate", lambda config: number)
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", *EVAL])
+    assert ended.value.code == 128 + number
+    (line,) = messages(capsys.readouterr().err)
+    assert "the same command continues" in line
+
+
+def test_interrupted_before_there_is_anything_to_keep(monkeypatch, capsys):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparsekv.evaluation.run.evaluate", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", *EVAL])
+    assert ended.value.code == 130
+    assert messages(capsys.readouterr().err) == []
+
+
+def test_compare(monkeypatch, capsys, tmp_path):
+    seen = []
+    monkeypatch.setattr("sparsekv.evaluation.compare.compare", lambda *arguments: seen.append(arguments))
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "a", "b", "c", "--output", "o"])
+    assert ended.value.code == 0
+    assert seen == [(["a", "b", "c"], "o")]
+    monkeypatch.undo()
+    assert str(tmp_path) in failure(capsys, "compare", str(tmp_path), str(tmp_path))
+    assert "folders" in failure(capsys, "compare")
 
 
 # ---- bad input ----

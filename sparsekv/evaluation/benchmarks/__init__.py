@@ -1,0 +1,1 @@
+"""Benchmarks: rows in kvpress's schema, and the scores that kvpress gives them."""

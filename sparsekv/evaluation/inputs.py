@@ -1,0 +1,228 @@
+"""All that an evaluation is given, loaded and checked before anything is written; only the weights come later."""
+
+import functools
+import heapq
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from sparsekv.errors import UserError, require
+from sparsekv.evaluation.benchmarks.registry import load_benchmark
+from sparsekv.evaluation.benchmarks.schema import Benchmark
+from sparsekv.evaluation.cells import CellFolder, check_names
+from sparsekv.evaluation.config import EvalConfig, RunConfig, Suite, split
+from sparsekv.evaluation.encode import Encoder
+from sparsekv.evaluation.fingerprint import fingerprint
+from sparsekv.evaluation.jobs import Job
+from sparsekv.evaluation.work import NO_PRESS, Cell
+from sparsekv.files import check_writable
+from sparsekv.models import check_adapter, check_device, load_config, load_tokenizer, resolve_model
+from sparsekv.presses import PRESSES, is_decoding, make_press
+
+LONGEST = 8  # rows that are encoded to see whether a benchmark fits the model; the others are when they are due
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model without its weights, and its benchmarks with their presses checked.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+    tokenizer : PreTrainedTokenizerBase
+    fingerprint : str
+        Of the weights.
+    encoders : list of Encoder
+        One a benchmark.
+    """
+
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    encoders: list[Encoder]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model with or without an adapter, and what is to be done with it.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of its cells.
+    model : RunConfig
+    tokenizer : PreTrainedTokenizerBase
+    jobs : list of Job
+        One a benchmark.
+    """
+
+    out: Path
+    model: RunConfig
+    tokenizer: PreTrainedTokenizerBase
+    jobs: list[Job]
+
+
+def prepare(config: EvalConfig) -> list[Run]:
+    """The runs of an evaluation. Writes nothing.
+
+    Raises
+    ------
+    UserError
+        For whatever cannot work: a model, adapter, device, benchmark or press, a context that is too long, a folder
+        that cannot be written, a cell that was run otherwise or is corrupt.
+    """
+    check_writable(Path(config.out), "--out")
+    check_device(device(config), "--device")
+
+    @functools.cache
+    def base(name: str) -> Base:
+        return _load_base(name, config)
+
+    runs = [_prepare_run(config, out, model, base(model.model)) for out, model in config.folders().items()]
+    for run in runs:
+        cells = [folder for job in run.jobs for folder in job.cells.values()]
+        check_names(cells)
+        for folder in cells:
+            folder.check()
+    return runs
+
+
+def device(config: EvalConfig) -> str:
+    """The device asked for, or a GPU if there is one: each process of a launcher its own."""
+    if config.device not in (None, "cuda"):
+        return str(config.device)
+    if config.device is None and not torch.cuda.is_available():
+        return "cpu"
+    if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
+        return "cuda"
+    return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"  # Slurm may show a process only its own
+
+
+def _load_base(name: str, config: EvalConfig) -> Base:
+    source = Path(resolve_model(name))
+    model_config = load_config(name, config.trust_remote_code)
+    tokenizer = load_tokenizer(name, config.trust_remote_code)
+    tokenizer.model_max_length = sys.maxsize  # lengths are checked here, and not also warned of
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    encoders = [_load_encoder(name, suite, tokenizer, positions, config.seed) for suite in config.suites()]
+    commit = getattr(model_config, "_commit_hash", None)  # of a model from the Hub
+    return Base(model_config, tokenizer, fingerprint(source) if source.is_dir() else str(commit), encoders)
+
+
+def _load_encoder(
+    model: str, suite: Suite, tokenizer: PreTrainedTokenizerBase, positions: int | None, seed: int
+) -> Encoder:
+    for press, ratio in suite.cells():
+        make_press(press, ratio, tokenizer)
+    length = suite.context_length
+    fits = not (length and positions) or length <= positions
+    require(fits, f"--context_length {length}: {model} has {positions} positions")
+    benchmark = load_benchmark(
+        suite.name,
+        tokenizer,
+        context_length=length,
+        data_dir=None if suite.data_dir is None else str(suite.data_dir),
+        tasks=split(suite.tasks) or None,
+        num_samples=suite.num_samples,
+        seed=seed,
+    )
+    encoder = Encoder(tokenizer, positions, benchmark, suite)
+    for press, _ in suite.cells():
+        _check_growth(benchmark, press)
+    rows = enumerate(benchmark.rows)
+    for number, _ in heapq.nlargest(LONGEST, rows, key=lambda item: len(item[1]["context"])):
+        encoder.encode([number], [])
+    return encoder
+
+
+def _check_growth(benchmark: Benchmark, press: str) -> None:
+    """Refuse a press that leaves most of the cache alone."""
+    if not benchmark.grows or press == NO_PRESS or is_decoding(press):
+        return
+    decoding = sorted(name for name in PRESSES if is_decoding(name))
+    mine = f"decoding_{press}"
+    instead = mine if mine.partition(":")[0] in decoding else f"a press that does, of {', '.join(decoding)}"
+    raise UserError(
+        f"--presses {press}: evicts before the answer, but {benchmark.name}'s cache grows while it is written; "
+        f"give {instead}"
+    )
+
+
+def _prepare_run(config: EvalConfig, out: Path, model: RunConfig, base: Base) -> Run:
+    adapter_fingerprint = None
+    if model.adapter is not None:
+        check_adapter(base.config, model.adapter, config.trust_remote_code)
+        adapter_fingerprint = fingerprint(Path(model.adapter))
+    common = {
+        "model": model.model,
+        "model_fingerprint": base.fingerprint,
+        "adapter": model.adapter,
+        "adapter_fingerprint": adapter_fingerprint,
+        "dtype": _dtype(config, base.config),
+        "seed": config.seed,
+    }
+    jobs = []
+    for encoder in base.encoders:
+        rows, generations = len(encoder.benchmark.rows), encoder.suite.num_generations
+        folders = {
+            cell: CellFolder(out, described, rows, generations)
+            for cell, described in _describe_cells(common, encoder, base.tokenizer)
+        }
+        jobs.append(Job(out, encoder, folders))
+    return Run(out, model, base.tokenizer, jobs)
+
+
+def _dtype(config: EvalConfig, model_config: PreTrainedConfig) -> str:
+    saved = str(getattr(model_config, "dtype", None) or "float32").removeprefix("torch.")
+    return saved if config.dtype == "auto" else config.dtype
+
+
+def _describe_cells(
+    common: dict[str, Any], encoder: Encoder, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Each cell and its config.yaml: kvpress's keys, and under `sparsekv` all else that decides its answers.
+
+    Raises
+    ------
+    UserError
+        An unknown press or parameter, or a ratio that a press cannot give.
+    """
+    benchmark, suite = encoder.benchmark, encoder.suite
+    options = ("num_samples", "context_length", "max_context_length", "enable_thinking", "query_aware")
+    sampling = ("temperature", "top_p", "top_k", "num_generations")
+    ours = {
+        **common,
+        "benchmark": benchmark.name,
+        "benchmark_fingerprint": benchmark.fingerprint,
+        "kind": benchmark.kind,
+        "lower_is_better": sorted(benchmark.lower_is_better),
+        "tasks": split(suite.tasks) or None,
+        "chat_template": suite.chat_template and benchmark.kind == "generate",
+        **{name: getattr(suite, name) for name in (*options, *sampling)},
+    }
+    for press, ratio in suite.cells():
+        yield (
+            Cell(press, ratio),
+            {
+                "dataset": benchmark.name,
+                "data_dir": benchmark.data_dir,
+                "model": common["model"],
+                "press_name": press,
+                "compression_ratio": ratio,
+                "press_init_command": str(make_press(press, ratio, tokenizer)),
+                "fraction": 1.0,
+                "max_new_tokens": suite.max_new_tokens,
+                "max_context_length": suite.max_context_length,
+                "query_aware": suite.query_aware,
+                "needle_depth": None,
+                "model_kwargs": {"dtype": common["dtype"]},
+                "seed": common["seed"],
+                "sparsekv": ours,
+            },
+        )
