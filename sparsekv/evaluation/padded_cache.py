@@ -1,9 +1,10 @@
 """Evicted caches of different lengths in one batch, and attention over them.
 
 Columns of a layer: [evicted entries, left-justified | question, right-justified | generated]. What is padding is never
-attended to, so an answer does not depend on the batch it is in. Layers differ in width, heads in their counts.
+attended to, so an answer does not depend on the batch it is in. Layers differ in width, heads in their counts. After
+the question every step has the same shapes and reads its column from the device, so that it can be a CUDA graph.
 
-Shapes: B rows, H query heads, G key/value heads, S new tokens, K columns so far, D head dimension.
+Shapes: B rows, H query heads, G key/value heads, S new tokens, T columns, K columns so far, D head dimension.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from sparsekv.attention import repeat_heads
 from sparsekv.evaluation.prefill import EvictedCache, LayerEntries
 
 PADDED_ATTENTION = "sparsekv_padded"
+ALIGNMENT = 8  # columns; attention kernels copy a mask whose rows are not a multiple of this
 
 
 class PaddedLayer(DynamicLayer):
@@ -29,60 +31,70 @@ class PaddedLayer(DynamicLayer):
     ----------
     rows : sequence of LayerEntries
     question_lengths : sequence of int
-        Tokens of each row's question; they are fed left-padded to the longest.
+        Tokens of each row's question; they are fed at once, left-padded to the longest.
     room : int
         Columns after the evicted entries: the longest question and the tokens to generate.
+    filled : Long[1]
+        How many of these columns are in use; the cache's, on this layer's device.
     """
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self, rows: Sequence[LayerEntries], question_lengths: Sequence[int], room: int) -> None:
+    def __init__(
+        self, rows: Sequence[LayerEntries], question_lengths: Sequence[int], room: int, filled: Tensor
+    ) -> None:
         super().__init__()
-        first = rows[0].keys
+        first, self.filled = rows[0].keys, filled
         heads, _, dim = first.shape
         self.width = max(entries.keys.shape[1] for entries in rows)
-        self.used = self.width
-        self.keys, self.values = (first.new_zeros(len(rows), heads, self.width + room, dim) for _ in range(2))
+        total = -(-(self.width + room) // ALIGNMENT) * ALIGNMENT
+        self.keys, self.values = (first.new_zeros(len(rows), heads, total, dim) for _ in range(2))
         by_head = any(entries.counts is not None for entries in rows)
-        self.real = torch.zeros(len(rows), heads if by_head else 1, self.width + room, dtype=torch.bool)
+        real = torch.zeros(len(rows), heads if by_head else 1, total, dtype=torch.bool)
         longest = max(question_lengths)
         for row, (entries, question_length) in enumerate(zip(rows, question_lengths, strict=True)):
             length = entries.keys.shape[1]
             self.keys[row, :, :length], self.values[row, :, :length] = entries.keys, entries.values
             counts = torch.tensor([length]) if entries.counts is None else entries.counts.cpu()
-            self.real[row, :, :length] = torch.arange(length) < counts[:, None]
-            self.real[row, :, self.width + longest - question_length :] = True
-        self.real = self.real.to(first.device)
+            real[row, :, :length] = torch.arange(length) < counts[:, None]
+            real[row, :, self.width + longest - question_length :] = True
+        self.real, self.columns = real.to(first.device), torch.arange(total, device=first.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write [B, G, S, D] new entries in place; returns all columns so far, [B, G, K, D]."""
-        new = slice(self.used, self.used + key_states.shape[2])
-        self.keys[:, :, new], self.values[:, :, new] = key_states, value_states
-        self.used = new.stop
-        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+        """Write [B, G, S, D] new entries in place; returns all columns so far, after a step all there are room for."""
+        new = key_states.shape[2]
+        if new == 1:
+            column = self.width + self.filled
+            self.keys.index_copy_(2, column, key_states)
+            self.values.index_copy_(2, column, value_states)
+            return self.keys, self.values
+        used = self.width + new
+        self.keys[:, :, self.width : used], self.values[:, :, self.width : used] = key_states, value_states
+        return self.keys[:, :, :used], self.values[:, :, :used]
 
     def mask(self, queries: int) -> Tensor:
-        """Bool[B, 1 or G, S, K]: what the last S tokens may see. A padding token sees itself, so that none is NaN."""
-        real = self.real[:, :, None, : self.used]
+        """Bool[B, 1 or G, S, K or T]: what the new tokens may see. A padding token sees itself, so that none is NaN."""
         if queries == 1:
-            return real
-        column = torch.arange(self.used, device=real.device)
+            return (self.real & (self.columns <= self.width + self.filled))[:, :, None]
+        column = self.columns[: self.width + queries]
         own = column[-queries:, None]
-        return (real & (column <= own)) | (column == own)
+        return (self.real[:, :, None, : len(column)] & (column <= own)) | (column == own)
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all but these rows, Long[≤ B]."""
         self.keys, self.values, self.real = self.keys[rows], self.values[rows], self.real[rows]
 
     def get_seq_length(self) -> int:
-        """Columns so far."""
-        return self.used
+        """Columns of evicted entries."""
+        return self.width
 
 
 class PaddedCache(Cache):
     """The evicted caches of B rows as one batch: pass it as `past_key_values` and as `padded_cache`.
+
+    The first forward pass takes the questions, each later one a token a row; call `advance` after each.
 
     Parameters
     ----------
@@ -93,15 +105,21 @@ class PaddedCache(Cache):
     """
 
     def __init__(self, caches: Sequence[EvictedCache], question_lengths: Sequence[int], room: int) -> None:
-        by_layer = zip(*(cache.layers for cache in caches), strict=True)
-        self.padded = [PaddedLayer(rows, question_lengths, room) for rows in by_layer]
+        by_layer = list(zip(*(cache.layers for cache in caches), strict=True))
+        devices = {rows[0].keys.device for rows in by_layer}
+        self.filled = {device: torch.zeros(1, dtype=torch.long, device=device) for device in devices}
+        self.padded = [PaddedLayer(rows, question_lengths, room, self.filled[rows[0].keys.device]) for rows in by_layer]
         super().__init__(layers=list(self.padded))
+
+    def advance(self, columns: int) -> None:
+        """Count these new columns as filled."""
+        for filled in self.filled.values():
+            filled += columns
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drop all but these rows."""
-        index = torch.tensor(rows, device=self.padded[0].keys.device)
         for layer in self.padded:
-            layer.keep_rows(index)
+            layer.keep_rows(torch.tensor(rows, device=layer.keys.device))
 
 
 def padded_attention(

@@ -1,0 +1,80 @@
+"""The forward pass over a padded cache; on a GPU, its one-token step as a CUDA graph.
+
+An eager step is bound by the launches of its kernels, whatever the batch: a graph launches them at once.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsekv.evaluation.memory import is_out_of_memory
+from sparsekv.evaluation.padded_cache import PaddedCache
+
+logger = logging.getLogger(__name__)
+
+WORTH_A_GRAPH = 8  # steps still to come: capturing one costs about as much as three
+
+
+class PaddedForward:
+    """Logits of the next token of every row of a padded cache, whose rows stay the same.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        With padded attention in place.
+    cache : PaddedCache
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: PaddedCache) -> None:
+        self.model, self.cache = model, cache
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._may_capture = model.device.type == "cuda" and len(cache.filled) == 1
+
+    def __call__(self, ids: Tensor, positions: Tensor, steps_left: int) -> Tensor:
+        """Feed tokens, Long[B, S], at their positions; returns the last token's logits, [B, V].
+
+        The logits are overwritten by the next call.
+        """
+        if ids.shape[1] == 1 and self._graph is None and self._may_capture and steps_left >= WORTH_A_GRAPH:
+            self._capture(ids, positions)
+        if ids.shape[1] == 1 and self._graph is not None:
+            self._ids.copy_(ids)
+            self._positions.copy_(positions)
+            self._graph.replay()
+            logits = self._logits
+        else:
+            logits = self._run(ids.to(self.model.device), positions.to(self.model.device))
+        self.cache.advance(ids.shape[1])
+        return logits
+
+    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
+        output: Any = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=self.cache,
+            padded_cache=self.cache,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    def _capture(self, ids: Tensor, positions: Tensor) -> None:
+        """Capture the step: it writes its column as often as it runs, with the same entries."""
+        self._ids, self._positions = ids.to(self.model.device), positions.to(self.model.device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._run(self._ids, self._positions)  # kernels are chosen and memory is set up outside of the graph
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                self._logits = self._run(self._ids, self._positions)
+            self._graph = graph
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            self._may_capture = False
+            logger.warning("decoding without a CUDA graph: %s", str(error).splitlines()[0])
