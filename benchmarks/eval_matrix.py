@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from sparsekv.evaluation.benchmarks.registry import load_benchmark
-from sparsekv.evaluation.engine import Engine
-from sparsekv.evaluation.prompts import encode_prompt
-from sparsekv.evaluation.work import FULL_CACHE, Answer, Cell, ContextWork, Question
+from sparsekv.evaluation.engine.engine import Engine
+from sparsekv.evaluation.engine.prompts import encode_prompt
+from sparsekv.evaluation.engine.work import FULL_CACHE, Answer, Cell, ContextWork, Question
 from sparsekv.files import fill_block
 from sparsekv.models import load_model, load_tokenizer
 from sparsekv.presses import make_press

@@ -41,7 +41,7 @@ class MergeConfig:
 # Command → what it does, and where the schema of its options is: `--help` imports none, a command its own.
 COMMANDS = {
     "train": ("Eviction-invariant training: from text to an adapter.", "sparsekv.training.config:TrainConfig"),
-    "eval": ("The press × ratio matrix: what eviction costs a model.", "sparsekv.evaluation.config:EvalConfig"),
+    "eval": ("The press × ratio matrix: what eviction costs a model.", "sparsekv.evaluation.matrix.config:EvalConfig"),
     "compare": ("Results of base, control and trained side by side: what training changed.", None),
     "merge": ("Merge an adapter into its base model.", "sparsekv.cli:MergeConfig"),
     "demo": ("Train a small real model here and compare base, control and trained.", "sparsekv.demo:DemoConfig"),
@@ -78,15 +78,15 @@ def run(name: str, values: dict[str, Any]) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(final)
     elif name == "eval":
-        from sparsekv.evaluation.config import EvalConfig
-        from sparsekv.evaluation.run import evaluate
+        from sparsekv.evaluation.matrix.config import EvalConfig
+        from sparsekv.evaluation.matrix.run import evaluate
 
         stopped = evaluate(EvalConfig(**values))
         if stopped is not None:
             print("stopped; the same command continues", file=sys.stderr)
             return 128 + stopped
     elif name == "compare":
-        from sparsekv.evaluation.compare import compare
+        from sparsekv.evaluation.comparison.compare import compare
 
         compare(values["folders"], values["output"])
     elif name == "merge":

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from sparsekv.errors import UserError
-from sparsekv.evaluation import cells as cells_module
 from sparsekv.evaluation.benchmarks.schema import Benchmark
-from sparsekv.evaluation.cells import LOCKS, CellFolder, cell_name, check_names, differences
-from sparsekv.evaluation.journal import Journal
-from sparsekv.evaluation.predictions import profile
-from sparsekv.evaluation.results import FINISHED, load_results
+from sparsekv.evaluation.comparison.results import FINISHED, load_results
+from sparsekv.evaluation.matrix import cells as cells_module
+from sparsekv.evaluation.matrix.cells import LOCKS, CellFolder, cell_name, check_names, differences
+from sparsekv.evaluation.matrix.journal import Journal
+from sparsekv.evaluation.matrix.predictions import profile
 
 ROWS = 3
 

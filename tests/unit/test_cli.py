@@ -15,7 +15,7 @@ from tiny import as_flags, messages, run_options, save_tiny
 
 from sparsekv import cli
 from sparsekv.cli import main, make_parser
-from sparsekv.evaluation.config import EvalConfig, RunConfig
+from sparsekv.evaluation.matrix.config import EvalConfig, RunConfig
 from sparsekv.presses import is_decoding, make_press
 from sparsekv.training.config import TrainConfig
 

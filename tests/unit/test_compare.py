@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 from sparsekv.errors import UserError
-from sparsekv.evaluation.compare import compare, summarize, write_summary
-from sparsekv.evaluation.levels import ALL_TASKS, levels
-from sparsekv.evaluation.results import load_results
+from sparsekv.evaluation.comparison.compare import compare, summarize, write_summary
+from sparsekv.evaluation.comparison.levels import ALL_TASKS, levels
+from sparsekv.evaluation.comparison.results import load_results
 from tests.cells import write_cell
 
 TEXT = {"data": ("perplexity", None), "metrics": ("nll", "kl")}

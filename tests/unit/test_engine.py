@@ -12,13 +12,13 @@ from tiny import make_tiny, make_tiny_tokenizer
 from transformers import DynamicCache
 
 from sparsekv.errors import UserError
-from sparsekv.evaluation import caches as caches_module
-from sparsekv.evaluation import engine as engine_module
-from sparsekv.evaluation.engine import Engine
-from sparsekv.evaluation.prefill import prefill_shared
-from sparsekv.evaluation.prompts import encode_prompt
-from sparsekv.evaluation.sampling import Sampling
-from sparsekv.evaluation.work import FULL_CACHE, Answer, Cell, ContextWork, Failure, Question
+from sparsekv.evaluation.engine import caches as caches_module
+from sparsekv.evaluation.engine import engine as engine_module
+from sparsekv.evaluation.engine.engine import Engine
+from sparsekv.evaluation.engine.prefill import prefill_shared
+from sparsekv.evaluation.engine.prompts import encode_prompt
+from sparsekv.evaluation.engine.sampling import Sampling
+from sparsekv.evaluation.engine.work import FULL_CACHE, Answer, Cell, ContextWork, Failure, Question
 from sparsekv.presses import is_decoding, make_press, needs_eager
 
 # kvpress itself fails on random weights for presses that mask by head (no hyperplane), and on any model for PyramidKV

@@ -22,15 +22,15 @@ from tiny import save_tiny
 from transformers import PreTrainedTokenizerFast
 
 from sparsekv.errors import UserError
-from sparsekv.evaluation import inputs as inputs_module
-from sparsekv.evaluation import run as run_module
 from sparsekv.evaluation.benchmarks.schema import Benchmark
-from sparsekv.evaluation.config import EvalConfig, RunConfig
-from sparsekv.evaluation.encode import Encoder
-from sparsekv.evaluation.jobs import Job
-from sparsekv.evaluation.progress import AnswersProgress
-from sparsekv.evaluation.run import evaluate
-from sparsekv.evaluation.work import FULL_CACHE, Cell
+from sparsekv.evaluation.engine.work import FULL_CACHE, Cell
+from sparsekv.evaluation.matrix import inputs as inputs_module
+from sparsekv.evaluation.matrix import run as run_module
+from sparsekv.evaluation.matrix.config import EvalConfig, RunConfig
+from sparsekv.evaluation.matrix.encode import Encoder
+from sparsekv.evaluation.matrix.jobs import Job
+from sparsekv.evaluation.matrix.progress import AnswersProgress
+from sparsekv.evaluation.matrix.run import evaluate
 from sparsekv.models import attach_lora, load_model
 
 ROOT = Path(__file__).parents[2]
@@ -231,7 +231,7 @@ def test_two_processes_never_do_a_row_twice(inputs, tmp_path, uninterrupted):
 
 def program(out: Path, folder: Path, kill_after: int) -> int:
     """Evaluate; tear a line and kill this process after some batches, or log every answer."""
-    from sparsekv.evaluation.cells import CellFolder
+    from sparsekv.evaluation.matrix.cells import CellFolder
 
     plain, log = CellFolder.append, out.parent / "log"
     seen = []

@@ -2,8 +2,8 @@ import shutil
 
 import pytest
 
-from sparsekv.evaluation import fingerprint as module
-from sparsekv.evaluation.fingerprint import fingerprint
+from sparsekv.evaluation.matrix import fingerprint as module
+from sparsekv.evaluation.matrix.fingerprint import fingerprint
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from sparsekv.errors import UserError
-from sparsekv.evaluation.results import load_results
+from sparsekv.evaluation.comparison.results import load_results
 from tests.cells import write_cell
 
 

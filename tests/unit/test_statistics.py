@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from sparsekv.evaluation.statistics import (
+from sparsekv.evaluation.comparison.statistics import (
     FLIPS,
     Sampled,
     average,

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from sparsekv.evaluation.levels import ALL_TASKS
-from sparsekv.evaluation.results import NO_PRESS
-from sparsekv.evaluation.statistics import CONFIDENCE, DRAWS, FLIPS
+from sparsekv.evaluation.comparison.levels import ALL_TASKS
+from sparsekv.evaluation.comparison.results import NO_PRESS
+from sparsekv.evaluation.comparison.statistics import CONFIDENCE, DRAWS, FLIPS
 
 if TYPE_CHECKING:
-    from sparsekv.evaluation.compare import Analysis
+    from sparsekv.evaluation.comparison.compare import Analysis
 
 SYMBOLS = {"better": "▲", "worse": "▼", "no difference": "="}
 STYLES = {"▲": "bold blue", "▼": "bold yellow"}  # told apart by shape, and by colour with any colour vision

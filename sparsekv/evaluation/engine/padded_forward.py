@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekv.evaluation.memory import is_out_of_memory
-from sparsekv.evaluation.padded_cache import PaddedCache
+from sparsekv.evaluation.engine.memory import is_out_of_memory
+from sparsekv.evaluation.engine.padded_cache import PaddedCache
 
 logger = logging.getLogger(__name__)
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv.errors import UserError
-from sparsekv.evaluation.caches import CacheMaker
-from sparsekv.evaluation.decode import Row, generate, log_likelihoods
-from sparsekv.evaluation.memory import GIB, default_budget, is_out_of_memory
-from sparsekv.evaluation.prefill import EvictedCache
-from sparsekv.evaluation.sampling import Sampler, Sampling
-from sparsekv.evaluation.while_decoding import generate_with_press
-from sparsekv.evaluation.work import FULL_CACHE, Answer, Cell, ContextWork, Failure, Question
+from sparsekv.evaluation.engine.caches import CacheMaker
+from sparsekv.evaluation.engine.decode import Row, generate, log_likelihoods
+from sparsekv.evaluation.engine.memory import GIB, default_budget, is_out_of_memory
+from sparsekv.evaluation.engine.prefill import EvictedCache
+from sparsekv.evaluation.engine.sampling import Sampler, Sampling
+from sparsekv.evaluation.engine.while_decoding import generate_with_press
+from sparsekv.evaluation.engine.work import FULL_CACHE, Answer, Cell, ContextWork, Failure, Question
 from sparsekv.presses import is_decoding
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from sparsekv.evaluation.cells import LOCKS, CellFolder
-from sparsekv.evaluation.encode import Encoder
-from sparsekv.evaluation.work import Answer, Cell, ContextWork, Failure
+from sparsekv.evaluation.engine.work import Answer, Cell, ContextWork, Failure
+from sparsekv.evaluation.matrix.cells import LOCKS, CellFolder
+from sparsekv.evaluation.matrix.encode import Encoder
 
 MOST_CONTEXTS = 32  # of a portion: enough to fill a batch
 PORTIONS = 8  # at least so many where there are as many contexts, for processes to share

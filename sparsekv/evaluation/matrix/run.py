@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from sparsekv.evaluation.cells import LOCKS
-from sparsekv.evaluation.compare import write_summary
-from sparsekv.evaluation.config import EvalConfig
-from sparsekv.evaluation.engine import Engine
-from sparsekv.evaluation.inputs import Run, device, prepare
-from sparsekv.evaluation.jobs import Job
-from sparsekv.evaluation.progress import AnswersProgress
-from sparsekv.evaluation.sampling import Sampling
+from sparsekv.evaluation.comparison.compare import write_summary
+from sparsekv.evaluation.engine.engine import Engine
+from sparsekv.evaluation.engine.sampling import Sampling
+from sparsekv.evaluation.matrix.cells import LOCKS
+from sparsekv.evaluation.matrix.config import EvalConfig
+from sparsekv.evaluation.matrix.inputs import Run, device, prepare
+from sparsekv.evaluation.matrix.jobs import Job
+from sparsekv.evaluation.matrix.progress import AnswersProgress
 from sparsekv.files import writing
 from sparsekv.models import load_adapter, load_model
 from sparsekv.signals import StopSignal

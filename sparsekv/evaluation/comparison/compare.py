@@ -13,10 +13,10 @@ import pandas as pd
 from rich.console import Console
 
 from sparsekv.errors import UserError, require
-from sparsekv.evaluation import tables
-from sparsekv.evaluation.levels import ALL_TASKS, FULL_CACHE, Level, levels
-from sparsekv.evaluation.results import NO_PRESS, Results, load_results
-from sparsekv.evaluation.statistics import Floats, Sampled, holm, interval, p_values, ratio
+from sparsekv.evaluation.comparison import tables
+from sparsekv.evaluation.comparison.levels import ALL_TASKS, FULL_CACHE, Level, levels
+from sparsekv.evaluation.comparison.results import NO_PRESS, Results, load_results
+from sparsekv.evaluation.comparison.statistics import Floats, Sampled, holm, interval, p_values, ratio
 from sparsekv.files import write_text
 
 ROLES = ("base", "control", "trained")

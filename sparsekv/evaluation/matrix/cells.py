@@ -20,9 +20,9 @@ from filelock import FileLock
 
 from sparsekv.errors import UserError
 from sparsekv.evaluation.benchmarks.schema import Benchmark
-from sparsekv.evaluation.journal import Journal
-from sparsekv.evaluation.predictions import predicted_rows, predictions_csv, profile
-from sparsekv.evaluation.results import FINISHED
+from sparsekv.evaluation.comparison.results import FINISHED
+from sparsekv.evaluation.matrix.journal import Journal
+from sparsekv.evaluation.matrix.predictions import predicted_rows, predictions_csv, profile
 from sparsekv.files import write_json, write_text
 
 CONFIG = "config.yaml"

@@ -9,7 +9,7 @@ from kvpress import BasePress, DecodingPress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from sparsekv.evaluation.sampling import Sampler
+from sparsekv.evaluation.engine.sampling import Sampler
 
 
 @torch.inference_mode()

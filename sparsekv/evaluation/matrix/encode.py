@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsekv.errors import require
 from sparsekv.evaluation.benchmarks.schema import Benchmark
-from sparsekv.evaluation.config import Suite
-from sparsekv.evaluation.prompts import encode_prompt
-from sparsekv.evaluation.work import Cell, ContextWork, Question
+from sparsekv.evaluation.engine.prompts import encode_prompt
+from sparsekv.evaluation.engine.work import Cell, ContextWork, Question
+from sparsekv.evaluation.matrix.config import Suite
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
 from sparsekv.attention import repeat_heads
-from sparsekv.evaluation.prefill import EvictedCache, LayerEntries
+from sparsekv.evaluation.engine.prefill import EvictedCache, LayerEntries
 
 PADDED_ATTENTION = "sparsekv_padded"
 ALIGNMENT = 8  # columns; attention kernels copy a mask whose rows are not a multiple of this

@@ -15,12 +15,12 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from sparsekv.errors import UserError, require
 from sparsekv.evaluation.benchmarks.registry import load_benchmark
 from sparsekv.evaluation.benchmarks.schema import Benchmark
-from sparsekv.evaluation.cells import CellFolder, check_names
-from sparsekv.evaluation.config import EvalConfig, RunConfig, Suite, split
-from sparsekv.evaluation.encode import Encoder
-from sparsekv.evaluation.fingerprint import fingerprint
-from sparsekv.evaluation.jobs import Job
-from sparsekv.evaluation.work import NO_PRESS, Cell
+from sparsekv.evaluation.engine.work import NO_PRESS, Cell
+from sparsekv.evaluation.matrix.cells import CellFolder, check_names
+from sparsekv.evaluation.matrix.config import EvalConfig, RunConfig, Suite, split
+from sparsekv.evaluation.matrix.encode import Encoder
+from sparsekv.evaluation.matrix.fingerprint import fingerprint
+from sparsekv.evaluation.matrix.jobs import Job
 from sparsekv.files import check_writable
 from sparsekv.models import check_adapter, check_device, load_config, load_tokenizer, resolve_model
 from sparsekv.presses import PRESSES, is_decoding, make_press

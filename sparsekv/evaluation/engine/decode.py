@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekv.evaluation.padded_cache import PADDED_ATTENTION, PaddedCache
-from sparsekv.evaluation.padded_forward import PaddedForward
-from sparsekv.evaluation.prefill import EvictedCache
-from sparsekv.evaluation.sampling import Sampler
+from sparsekv.evaluation.engine.padded_cache import PADDED_ATTENTION, PaddedCache
+from sparsekv.evaluation.engine.padded_forward import PaddedForward
+from sparsekv.evaluation.engine.prefill import EvictedCache
+from sparsekv.evaluation.engine.sampling import Sampler
 
 # Share of rows still going at which the others leave the batch. Before, moving the cache costs more than they do: on a
 # GPU another row is nearly free, and a new shape is a new graph.

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sparsekv.attention import kept_indices
-from sparsekv.evaluation.memory import is_out_of_memory
+from sparsekv.evaluation.engine.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)

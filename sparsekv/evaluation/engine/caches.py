@@ -7,9 +7,9 @@ from kvpress import BasePress, FinchPress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv.errors import UserError, require
-from sparsekv.evaluation.memory import is_out_of_memory
-from sparsekv.evaluation.prefill import EvictedCache, prefill_alone, prefill_shared
-from sparsekv.evaluation.work import Cell, ContextWork
+from sparsekv.evaluation.engine.memory import is_out_of_memory
+from sparsekv.evaluation.engine.prefill import EvictedCache, prefill_alone, prefill_shared
+from sparsekv.evaluation.engine.work import Cell, ContextWork
 from sparsekv.presses import AnchorPress, make_press, needs_eager, shares_prefill, why_not
 
 

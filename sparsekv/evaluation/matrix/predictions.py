@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sparsekv.evaluation.benchmarks.schema import Benchmark
-from sparsekv.evaluation.results import SCORE
+from sparsekv.evaluation.comparison.results import SCORE
 from sparsekv.version import commit, versions
 
 PACKAGES = ("torch", "transformers", "kvpress")

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from sparsekv.errors import UserError
-from sparsekv.evaluation.results import NO_PRESS, Results, check_paired
-from sparsekv.evaluation.statistics import Sampled, average, bootstrap_means, ratio, sign_flipped_means
+from sparsekv.evaluation.comparison.results import NO_PRESS, Results, check_paired
+from sparsekv.evaluation.comparison.statistics import Sampled, average, bootstrap_means, ratio, sign_flipped_means
 
 ALL_TASKS = "all tasks"
 FULL_CACHE = (NO_PRESS, 0.0)
