@@ -17,6 +17,6 @@ def main(results: Path, readme: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        main(Path("out/demo/results.md"), Path("README.md"))
+        main(Path("out/demo/compare.md"), Path("README.md"))
     except UserError as error:
         sys.exit(str(error))

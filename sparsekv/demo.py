@@ -1,37 +1,28 @@
 """`sparsekv demo`: the whole idea on a small real model, on any machine, in minutes.
 
-Trains a control and an eviction-invariant adapter on the same data, then scores base, control and trained with the full
-cache and with caches that presses have evicted.
+Trains a control and an eviction-invariant adapter on the same data, then compares base, control and trained with the
+full cache and with caches that presses have evicted.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import disable_progress_bars
-from peft import PeftModel
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
-from sparsekv.data import build_datasets
 from sparsekv.errors import UserError
-from sparsekv.evaluation.evicted import NO_PRESS, Sample, Score, evaluate_cells
-from sparsekv.evaluation.needle import needle_samples, text_samples
-from sparsekv.evaluation.summary import TASKS, summarize
-from sparsekv.files import write_json, write_text
-from sparsekv.models import load_model, load_tokenizer
+from sparsekv.evaluation.comparison.compare import compare
+from sparsekv.evaluation.matrix.config import EvalConfig, RunConfig
+from sparsekv.evaluation.matrix.run import evaluate
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.output import FINAL
 from sparsekv.training.run import train
-from sparsekv.version import commit
 
 PRESSES = ("snapkv", "streaming_llm", "knorm", "keydiff")
-RATIOS = (0.5,)
-CELLS = [(NO_PRESS, 0.0), *((press, ratio) for press in PRESSES for ratio in RATIOS)]
-SUFFIX = 48  # tokens predicted after the cut in the text task
+RATIO = 0.5
+NEEDLE = "niah_single_2"  # a number hidden in natural text
 TRAINING_ROW = 320
 
 
@@ -44,13 +35,13 @@ class DemoConfig:
     model
         Hub name, local folder, or smollm2-135m.
     output_dir
-        Folder of the two runs and the results; a second call continues what is there.
+        Folder of the two adapters and the results; a second call continues what is there.
     max_steps
         Optimizer steps of each of the two runs.
     batch_size
         Rows a step, of 320 tokens.
     num_samples
-        Samples a task and cell.
+        Rows of each of the two benchmarks.
     context_length
         Tokens before the cut in the evaluation.
     seed
@@ -66,34 +57,29 @@ class DemoConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for flag, least in (("max_steps", 1), ("batch_size", 1), ("num_samples", 2), ("context_length", 96)):
+        for flag, least in (("max_steps", 1), ("batch_size", 1), ("num_samples", 2), ("context_length", 128)):
             value = getattr(self, flag)
             if value < least:
                 raise UserError(f"--{flag} {value}: must be at least {least}")
 
 
 def demo(config: DemoConfig) -> bool:
-    """Train, evaluate, print the tables and write `results.md` and `results.json`; False when a signal stopped it."""
+    """Train, evaluate, print the comparison and write it as `compare.md` and `.csv`; False when a signal stopped it."""
     disable_progress_bars()
     console = Console()
     out = Path(config.output_dir)
-    adapters: dict[str, str | None] = {"base": None}
     for name in ("control", "trained"):
         folder = out / name
         if not (folder / FINAL).exists():
             console.rule(f"training: {name} ({config.max_steps} steps of {config.batch_size} × {TRAINING_ROW} tokens)")
             if train(training_config(config, folder, control=name == "control")) is None:
                 return False
-        adapters[name] = str(folder / FINAL)
-    samples = evaluation_samples(config)
-    console.rule(f"evaluating: {len(adapters)} models × {len(CELLS)} cells × {len(samples)} samples")
-    with Progress(console=console) as progress:
-        task = progress.add_task("samples", total=len(adapters) * len(samples))
-        scores = {
-            name: score_model(config, adapter, samples, lambda: progress.advance(task))
-            for name, adapter in adapters.items()
-        }
-    write_results(config, scores, out, console)
+    matrix = evaluation_config(config, out)
+    console.rule("evaluating: base, control, trained")
+    if evaluate(matrix) is not None:
+        return False
+    compare([str(folder) for folder in matrix.folders()], str(out))
+    console.print(f"written: {out / 'compare.md'}")
     return True
 
 
@@ -126,44 +112,19 @@ def fastest_dtype() -> str:
     return "bfloat16" if fast else "float32"
 
 
-def evaluation_samples(config: DemoConfig) -> list[Sample]:
-    """Both tasks, on text from documents that training did not see."""
-    tokenizer = load_tokenizer(config.model)
-    length = config.context_length + SUFFIX
-    rows = build_datasets("pydoc", tokenizer, length, 1, config.num_samples, config.seed)[1]["input_ids"]
-    needles = needle_samples(tokenizer, rows, config.context_length, config.num_samples, config.seed)
-    return [*needles, *text_samples(rows, config.context_length, config.num_samples)]
-
-
-def score_model(
-    config: DemoConfig, adapter: str | None, samples: Sequence[Sample], progress: Callable[[], None]
-) -> list[Score]:
-    """Scores of every sample in every cell, for the base or an adapter merged into it."""
-    model: Any = load_model(config.model, fastest_dtype())
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return list(evaluate_cells(model, samples, CELLS, progress))
-
-
-def write_results(config: DemoConfig, scores: dict[str, list[Score]], out: Path, console: Console) -> None:
-    """Print both tables; write them as Markdown, and every score as JSON."""
-    note = (
-        f"{config.model}, {fastest_dtype()}; {config.max_steps} steps of {config.batch_size} × {TRAINING_ROW} tokens; "
-        f"context {config.context_length} tokens of held-out Python documentation, prefilled with full attention, then "
-        f"evicted; n = {config.num_samples} a cell; seed {config.seed}; [95% interval over samples, those of the last "
-        f"column paired]; commit {commit() or 'unknown'}."
+def evaluation_config(config: DemoConfig, out: Path) -> EvalConfig:
+    """Three models, two benchmarks on text that training did not see, four presses."""
+    adapters = {"base": None, **{name: str(out / name / FINAL) for name in ("control", "trained")}}
+    sized: dict[str, Any] = {"context_length": config.context_length, "num_samples": config.num_samples}
+    return EvalConfig(
+        runs={name: RunConfig(config.model, adapter) for name, adapter in adapters.items()},
+        benchmarks=[
+            {"name": "ruler-local", "tasks": [NEEDLE], "max_new_tokens": 24, **sized},
+            {"name": "perplexity", **sized},
+        ],
+        presses=list(PRESSES),
+        ratios=RATIO,
+        out=str(out / "evaluation"),
+        dtype=fastest_dtype(),
+        seed=config.seed,
     )
-    text = [f"# SparseKV demo\n\n{note}\n"]
-    for task, title in TASKS.items():
-        header, *body = summarize(task, scores, CELLS)
-        table = Table(*header, title=title)
-        for row in body:
-            table.add_row(*row)
-        console.print(table)
-        lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *body]]
-        text.append(f"## {title}\n\n" + "\n".join(lines) + "\n")
-    console.print(note, highlight=False)
-    write_text(out / "results.md", "\n".join(text))
-    write_json(out / "results.json", {name: [vars(score) for score in group] for name, group in scores.items()})
-    console.print(f"written: {out / 'results.md'}")
