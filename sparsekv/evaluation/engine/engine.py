@@ -29,7 +29,7 @@ from sparsekv.presses import is_decoding
 logger = logging.getLogger(__name__)
 
 Batch = Sequence[Answer | Failure]  # what is done together
-MAX_ROWS = {"cpu": 48, "cuda": 256}  # beyond, arithmetic is the limit and a larger batch saves nothing
+MAX_ROWS = {"cpu": 64, "cuda": 256}  # beyond, arithmetic is the limit and a larger batch saves nothing
 
 
 @dataclass(frozen=True)
@@ -168,12 +168,13 @@ class Engine:
         return 2 * config.num_hidden_layers * config.num_key_value_heads * tokens * dim * self.model.dtype.itemsize
 
     def _batches(self, pool: Sequence[_Pending]) -> Iterator[list[_Pending]]:
-        """Rows of like length together, as many as fit."""
+        """Rows of like length together, as many as fit, in batches of the same size."""
+        most = -(-len(pool) // max(1, -(-len(pool) // self._max_rows)))
         batch: list[_Pending] = []
         for pending in sorted(pool, key=_order):
             widest = max((waiting.row.slots for waiting in batch), default=0)
             too_large = self._full_bytes(max(widest, pending.row.slots)) * (len(batch) + 1) > self.budget / 2
-            if batch and (too_large or len(batch) == self._max_rows):
+            if batch and (too_large or len(batch) == most):
                 yield batch
                 batch = []
             batch.append(pending)

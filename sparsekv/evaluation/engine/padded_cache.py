@@ -1,8 +1,9 @@
 """Evicted caches of different lengths in one batch, and attention over them.
 
-Columns of a layer: [evicted entries, left-justified | question, right-justified | generated]. What is padding is never
-attended to, so an answer does not depend on the batch it is in. Layers differ in width, heads in their counts. After
-the question every step has the same shapes and reads its column from the device, so that it can be a CUDA graph.
+Columns of a layer: [evicted entries | question | generated], the first two right-justified. What is padding is never
+attended to, so an answer does not depend on the batch it is in. Rows of like length are attended to together, from
+their first column on: a short row does not pay for a long one. After the question every step has the same shapes and
+reads its column from the device, so that it can be a CUDA graph.
 
 Shapes: B rows, H query heads, G key/value heads, S new tokens, T columns, K columns so far, D head dimension.
 """
@@ -22,6 +23,7 @@ from sparsekv.evaluation.engine.prefill import EvictedCache, LayerEntries
 
 PADDED_ATTENTION = "sparsekv_padded"
 ALIGNMENT = 8  # columns; attention kernels copy a mask whose rows are not a multiple of this
+LIKE_LENGTH = 0.8  # of the longest row; a row shorter than this is not attended to together with it
 
 
 class PaddedLayer(DynamicLayer):
@@ -47,20 +49,34 @@ class PaddedLayer(DynamicLayer):
         super().__init__()
         first, self.filled = rows[0].keys, filled
         heads, _, dim = first.shape
-        self.width = max(entries.keys.shape[1] for entries in rows)
+        self.lengths = [entries.keys.shape[1] for entries in rows]
+        self.width = max(self.lengths)
         total = -(-(self.width + room) // ALIGNMENT) * ALIGNMENT
         self.keys, self.values = (first.new_zeros(len(rows), heads, total, dim) for _ in range(2))
         by_head = any(entries.counts is not None for entries in rows)
         real = torch.zeros(len(rows), heads if by_head else 1, total, dtype=torch.bool)
         longest = max(question_lengths)
         for row, (entries, question_length) in enumerate(zip(rows, question_lengths, strict=True)):
-            length = entries.keys.shape[1]
-            self.keys[row, :, :length], self.values[row, :, :length] = entries.keys, entries.values
+            length = self.lengths[row]
+            own = slice(self.width - length, self.width)
+            self.keys[row, :, own], self.values[row, :, own] = entries.keys, entries.values
             counts = torch.tensor([length]) if entries.counts is None else entries.counts.cpu()
-            real[row, :, :length] = torch.arange(length) < counts[:, None]
+            real[row, :, own] = torch.arange(length) < counts[:, None]
             real[row, :, self.width + longest - question_length :] = True
         self.real, self.columns = real.to(first.device), torch.arange(total, device=first.device)
         self.is_initialized = True
+
+    def segments(self) -> list[tuple[slice, int]]:
+        """Neighbouring rows of like length, and the first column that any of them uses."""
+        found: list[tuple[int, int]] = []  # first row, longest length
+        for row, length in enumerate(self.lengths):
+            if not found or not LIKE_LENGTH * found[-1][1] <= length <= found[-1][1]:
+                found.append((row, length))
+        stops = [row for row, _ in found[1:]] + [len(self.lengths)]
+        return [
+            (slice(row, stop), (self.width - length) // ALIGNMENT * ALIGNMENT)
+            for (row, length), stop in zip(found, stops, strict=True)
+        ]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write [B, G, S, D] new entries in place; returns all columns so far, after a step all there are room for."""
@@ -85,6 +101,7 @@ class PaddedLayer(DynamicLayer):
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all but these rows, Long[≤ B]."""
         self.keys, self.values, self.real = self.keys[rows], self.values[rows], self.real[rows]
+        self.lengths = [self.lengths[row] for row in rows.tolist()]
 
     def get_seq_length(self) -> int:
         """Columns of evicted entries."""
@@ -144,17 +161,30 @@ def padded_attention(
     -------
     [B, S, H, D], None
     """
-    rows, heads, queries, dim = query.shape
-    groups = key.shape[1]
-    mask = padded_cache.padded[module.layer_idx].mask(queries)
-    if queries == 1:  # the heads of a group as queries of one head: keys and values are read once, not repeated
-        grouped = query.view(rows, groups, heads // groups, dim)
-        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
-        return out.reshape(rows, 1, heads, dim), None
+    layer = padded_cache.padded[module.layer_idx]
+    mask = layer.mask(query.shape[2])
+    attend = _attend_step if query.shape[2] == 1 else _attend_question
+    out = [
+        attend(query[rows], key[rows, :, first:], value[rows, :, first:], mask[rows, ..., first:], scaling)
+        for rows, first in layer.segments()
+    ]
+    return torch.cat(out), None
+
+
+def _attend_step(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """The query heads of a group as queries of one head: keys and values are read once, not repeated."""
+    rows, heads, _, dim = query.shape
+    grouped = query.view(rows, key.shape[1], -1, dim)
+    out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(rows, 1, heads, dim)
+
+
+def _attend_question(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    heads = query.shape[1]
     key, value = repeat_heads(key, heads), repeat_heads(value, heads)
     mask = mask if mask.shape[1] == 1 else repeat_heads(mask, heads)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(PADDED_ATTENTION, padded_attention)
