@@ -6,7 +6,7 @@
     … --doc docs/evaluation.md                                              # write the figures there
 
 Both answer the same rows of ruler-local in the same 13 cells in this one run, the engine first. The table gives
-seconds, their ratio, the peak of memory, and how many answers differ.
+seconds, their ratio, the peak of memory, the mean score, and how many answers differ.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from sparsekv.evaluation.benchmarks.registry import load_benchmark
+from sparsekv.evaluation.benchmarks.schema import Benchmark
 from sparsekv.evaluation.engine.engine import Engine
 from sparsekv.evaluation.engine.prompts import encode_prompt
 from sparsekv.evaluation.engine.work import FULL_CACHE, Answer, Cell, ContextWork, Question
@@ -70,7 +72,8 @@ def main() -> None:
         start = time.perf_counter()
         answers = dict(answer(model, tokenizer, rows, CELLS))
         figures[name] = (time.perf_counter() - start, peak_gib(options.device), answers)
-    text = table(options, figures, len(rows))
+    scores = {name: mean_score(benchmark, answers) for name, (*_, answers) in figures.items()}
+    text = table(options, figures, scores, len(rows))
     Console().print(text, highlight=False)
     if options.doc:
         fill_block(options.doc, f"eval_matrix {options.shape} {options.device}", text)
@@ -117,6 +120,14 @@ def engine_answers(model: Any, tokenizer: Any, rows: list[dict], cells: list[Cel
             yield (answer.row, answer.cell), str(answer.text)
 
 
+def mean_score(benchmark: Benchmark, answers: dict[Any, str]) -> float:
+    """Over all rows and cells, in percent."""
+    found = [
+        benchmark.score({**benchmark.rows[number], "predicted_answer": text}) for (number, _), text in answers.items()
+    ]
+    return fmean(next(iter(scores.values())) for scores in found)
+
+
 def reset_peak(device: str) -> None:
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -130,7 +141,12 @@ def peak_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def table(options: argparse.Namespace, figures: dict[str, tuple[float, float, dict]], contexts: int) -> str:
+def table(
+    options: argparse.Namespace,
+    figures: dict[str, tuple[float, float, dict]],
+    scores: dict[str, float],
+    contexts: int,
+) -> str:
     """The figures as Markdown."""
     (ours, our_peak, got), (theirs, their_peak, wanted) = figures["engine"], figures["kvpress"]
     assert got.keys() == wanted.keys()
@@ -141,9 +157,9 @@ def table(options: argparse.Namespace, figures: dict[str, tuple[float, float, di
     return (
         f"{options.shape}{weights}, {options.dtype}, {device}, torch {torch.__version__}; ruler-local "
         f"({', '.join(TASKS)}) at {options.context_length:,} tokens, {size}; commit {commit() or 'unknown'}.\n\n"
-        "| | seconds | of kvpress's | peak GiB |\n| --- | --- | --- | --- |\n"
-        f"| kvpress's pipeline | {theirs:.1f} | 1 | {their_peak:.2f} |\n"
-        f"| engine | {ours:.1f} | {ours / theirs:.3f} | {our_peak:.2f} |\n\n"
+        "| | seconds | of kvpress's | peak GiB | mean score |\n| --- | --- | --- | --- | --- |\n"
+        f"| kvpress's pipeline | {theirs:.1f} | 1 | {their_peak:.2f} | {scores['kvpress']:.2f} |\n"
+        f"| engine | {ours:.1f} | {ours / theirs:.3f} | {our_peak:.2f} | {scores['engine']:.2f} |\n\n"
         f"Answers that differ: {different} of {len(wanted)}."
     )
 

@@ -50,7 +50,7 @@ def eval_values(monkeypatch):
 
     def values(*arguments: str) -> EvalConfig:
         seen = []
-        monkeypatch.setattr("sparsekv.evaluation.run.evaluate", seen.append)
+        monkeypatch.setattr("sparsekv.evaluation.matrix.run.evaluate", seen.append)
         with pytest.raises(SystemExit) as ended:
             main(["eval", *arguments])
         assert ended.value.code == 0
@@ -313,7 +313,7 @@ def test_eval_of_what_is_not_there(options, capsys, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_status_of_a_stopped_eval(monkeypatch, capsys, number):
-    monkeypatch.setattr("sparsekv.evaluation.run.evaluate", lambda config: number)
+    monkeypatch.setattr("sparsekv.evaluation.matrix.run.evaluate", lambda config: number)
     with pytest.raises(SystemExit) as ended:
         main(["eval", *EVAL])
     assert ended.value.code == 128 + number
@@ -325,7 +325,7 @@ def test_interrupted_before_there_is_anything_to_keep(monkeypatch, capsys):
     def interrupt(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sparsekv.evaluation.run.evaluate", interrupt)
+    monkeypatch.setattr("sparsekv.evaluation.matrix.run.evaluate", interrupt)
     with pytest.raises(SystemExit) as ended:
         main(["eval", *EVAL])
     assert ended.value.code == 130
@@ -334,7 +334,7 @@ def test_interrupted_before_there_is_anything_to_keep(monkeypatch, capsys):
 
 def test_compare(monkeypatch, capsys, tmp_path):
     seen = []
-    monkeypatch.setattr("sparsekv.evaluation.compare.compare", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr("sparsekv.evaluation.comparison.compare.compare", lambda *arguments: seen.append(arguments))
     with pytest.raises(SystemExit) as ended:
         main(["compare", "a", "b", "c", "--output", "o"])
     assert ended.value.code == 0

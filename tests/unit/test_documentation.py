@@ -1,4 +1,4 @@
-"""What the documentation says exists, exists: links, paths, options and defaults, commands, rules, code, layers."""
+"""What the documentation says exists, exists: links, paths, options and defaults, commands, names, code, layers."""
 
 import ast
 import dataclasses
@@ -15,6 +15,13 @@ from tiny import make_tiny, make_tiny_tokenizer
 
 from sparsekv import cli, models
 from sparsekv.demo import DemoConfig
+from sparsekv.evaluation.benchmarks.files import file_rows
+from sparsekv.evaluation.benchmarks.registry import BENCHMARKS
+from sparsekv.evaluation.benchmarks.scoring.by_column import METRICS
+from sparsekv.evaluation.matrix.config import EvalConfig
+from sparsekv.evaluation.matrix.predictions import profile
+from sparsekv.presses import PRESSES, is_decoding, make_press, needs_question, shares_prefill
+from sparsekv.presses.registry import REFUSED
 from sparsekv.training.anchor import AnchorConfig
 from sparsekv.training.config import TrainConfig, default_rules
 from sparsekv.training.rules import OWN_RULES, PRESS_RULES
@@ -24,7 +31,12 @@ PACKAGE = ROOT / "sparsekv"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in DOCUMENTS}
 FOLDERS = "sparsekv|training|presses|evaluation|tests|docs|configs|scripts|benchmarks"
-OTHER_PROGRAMS = {"--check", "--num_processes", "--nproc_per_node", "--config_file"}  # ruff, accelerate, torchrun
+OTHER_PROGRAMS = {
+    *("--check", "--num_processes", "--nproc_per_node", "--config_file"),  # ruff, accelerate, torchrun
+    *("--array", "--gpus"),  # sbatch
+    *("--shape", "--doc"),  # benchmarks/eval_matrix.py
+}
+SCHEMAS = {"docs/training.md": TrainConfig, "docs/evaluation.md": EvalConfig}  # document → what its options are
 LAYERS = [  # a file imports from lower layers, from its own, and never from a higher one
     {"errors", "signals", "version"},
     {"files", "tokens", "recall", "recall_templates", "sources", "demo_model"},
@@ -33,6 +45,7 @@ LAYERS = [  # a file imports from lower layers, from its own, and never from a h
     {"demo"},
     {"cli", "__init__"},
 ]
+EVALUATION = {"benchmarks", "engine", "comparison"}  # none of them imports another, nor what stands on them
 
 each_document = pytest.mark.parametrize("name", TEXTS)
 
@@ -46,7 +59,8 @@ def anchors(text: str) -> set[str]:
 def commands() -> list[str]:
     """Every `sparsekv …` command, in a block or in a line, as the words after the program's name."""
     joined = "\n".join(TEXTS.values()).replace("\\\n", " ")
-    found = re.findall(r"(?:^    |`)(?:[\w ./-]+ -m )?sparsekv(?:\.cli)? (\w+ [^`\n]*--[^`\n]+)", joined, re.MULTILINE)
+    words = r"(\w+ [^`\n]*--[^`\n]+|compare [^`\n]+)"
+    found = re.findall(rf"(?:^ {{4,}}|`)(?:[\w ./-]+ -m )?sparsekv(?:\.cli)? {words}", joined, re.MULTILINE)
     return sorted({" ".join(command.split()) for command in found})
 
 
@@ -57,7 +71,7 @@ def options_of(parser_name: str, capsys) -> set[str]:
 
 
 def table(text: str, first_column: str) -> list[list[str]]:
-    """The cells of every table row whose first cell matches."""
+    """The cells of every table row whose first cell matches, that one without its quotes."""
     rows = re.findall(rf"^\| (`{first_column}`) \| (.+) \|$", text, flags=re.MULTILINE)
     return [[first.strip("`"), *rest.split(" | ")] for first, rest in rows]
 
@@ -81,7 +95,7 @@ def test_named_paths_exist(name):
     text = re.sub(r"https?://\S+", "", TEXTS[name])
     names = set(re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*\w", text)) | set(re.findall(r"`([\w/]+\.py)`", text))
     for path in names:
-        candidates = (ROOT / path, PACKAGE / path, PACKAGE / "training" / path)
+        candidates = (ROOT / path, PACKAGE / path, PACKAGE / "training" / path, PACKAGE / "evaluation" / path)
         assert any(candidate.exists() for candidate in candidates), path
 
 
@@ -104,12 +118,18 @@ def test_the_demos_result_has_its_place():
     assert TEXTS["README.md"].count("demo -->") == 2
 
 
+@pytest.mark.parametrize("what", ["smollm2-135m cpu", "smollm2-135m cuda", "qwen3-8b cuda"])
+def test_figures_of_the_matrix_have_their_place(what):
+    name = re.escape(f"eval_matrix {what}")
+    assert len(re.findall(rf"(?s)<!-- {name} -->\n.*?<!-- /{name} -->", TEXTS["docs/evaluation.md"])) == 1
+
+
 # ---- options and commands ----
 
 
 @each_document
 def test_flags_are_accepted(name, capsys):
-    known = {flag for command in ("train", "merge", "demo") for flag in options_of(command, capsys)} | OTHER_PROGRAMS
+    known = {flag for command in cli.COMMANDS for flag in options_of(command, capsys)} | OTHER_PROGRAMS
     known |= set(re.findall(r'"(--\w+)":', (ROOT / "scripts" / "train_eit.py").read_text("utf-8")))
     unknown = set(re.findall(r"(?<![\w-])--[A-Za-z][\w.]*\w", TEXTS[name])) - known
     assert not unknown
@@ -118,11 +138,19 @@ def test_flags_are_accepted(name, capsys):
 @pytest.mark.parametrize("command", commands())
 def test_commands_are_valid(command, monkeypatch):
     def run(name: str, values: dict) -> int:
-        {"train": TrainConfig, "merge": cli.MergeConfig, "demo": DemoConfig}[name](**values)
+        if name == "compare":
+            assert len(values["folders"]) in (2, 3)
+            return 0
+        made = {"train": TrainConfig, "eval": EvalConfig, "merge": cli.MergeConfig, "demo": DemoConfig}[name](**values)
+        if isinstance(made, EvalConfig):
+            cells = [cell for suite in made.suites() for cell in suite.cells()]
+            assert all(make_press(*cell) or cell[0] == "no_press" for cell in cells)
+            assert all(suite.name in BENCHMARKS for suite in made.suites())
         return 0
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(cli, "run", run)
+    command = command.replace("$SLURM_ARRAY_TASK_ID", "0").replace("$SLURM_ARRAY_TASK_COUNT", "8")
     with pytest.raises(SystemExit) as ended:
         cli.main([word for word in shlex.split(command) if word != "--help"])
     assert ended.value.code == 0
@@ -140,12 +168,14 @@ def test_the_commands_were_found():
     assert all(f"train --config configs/{name}.yaml" in found for name in ("smollm2_135m", "qwen3_8b"))
     assert "merge --model" in found
     assert "--grad_accum 2" in found, "behind a launcher, on two lines"
+    assert "eval --config configs/matrix.yaml --out results/matrix --shard $SLURM_ARRAY_TASK_ID/" in found
+    assert "compare results/1024/base results/1024/control results/1024/trained" in found, "without a flag"
 
 
-def defaults() -> dict[str, object]:
-    """Every option of `sparsekv train` with its default, in the order of --help."""
+def defaults(schema: type) -> dict[str, object]:
+    """Every option of a command with its default, in the order of --help."""
     values = {}
-    for field in dataclasses.fields(TrainConfig):
+    for field in dataclasses.fields(schema):
         if field.name == "anchors":
             values |= {f"--anchors.{name}": value for name, value in dataclasses.asdict(AnchorConfig()).items()}
         else:
@@ -154,34 +184,75 @@ def defaults() -> dict[str, object]:
     return values
 
 
-def test_every_option_is_documented_once_with_its_default():
-    text, wanted = TEXTS["docs/training.md"], defaults()
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_option_is_documented_once_with_its_default(name):
+    text, wanted = TEXTS[name], defaults(SCHEMAS[name])
     assert sorted(row[0] for row in table(text, r"--[\w.]+")) == sorted(wanted)
-    for name, default, _ in table(text, r"--[\w.]+"):
-        if name == "--rules":
+    for option, default, _ in table(text, r"--[\w.]+"):
+        if option == "--rules":
             assert default == "see [Rules](#rules)"
         elif default == "required":
-            assert wanted[name] == "", name
+            assert wanted[option] == "", option
         else:
-            assert yaml.safe_load(default.strip("`")) == wanted[name], name
+            assert yaml.safe_load(default.strip("`")) == wanted[option], option
 
 
-def test_options_stand_in_the_order_of_help():
-    order = list(defaults())
-    for group in re.split(r"^### ", TEXTS["docs/training.md"], flags=re.MULTILINE):
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_options_stand_in_the_order_of_help(name):
+    order = list(defaults(SCHEMAS[name]))
+    for group in re.split(r"^### ", TEXTS[name], flags=re.MULTILINE):
         names = [row[0] for row in table(group, r"--[\w.]+")]
         assert names == sorted(names, key=order.index)
 
 
 def test_every_rule_is_documented():
-    section = TEXTS["docs/training.md"].split("### Rules\n")[1].split("\n### ")[0]
-    rows = table(section, r"\w+")
+    rows = table(section("docs/training.md", "### Rules"), r"\w+")
     assert sorted(name for name, *_ in rows) == sorted({*OWN_RULES, *PRESS_RULES})
     assert {name for name, _, in_mixture in rows if in_mixture == "yes"} == set(default_rules())
 
 
-def test_the_status_of_a_stopped_run():
-    assert "143 stopped by a signal" in TEXTS["docs/training.md"]
+def section(name: str, heading: str) -> str:
+    """A part of a document with its own parts: from its heading to the next one of its level."""
+    level = heading.split()[0]
+    return re.split(rf"^#{{1,{len(level)}}} ", TEXTS[name].split(f"\n{heading}\n")[1], flags=re.MULTILINE)[0]
+
+
+def test_every_press_is_documented():
+    rows = table(section("docs/evaluation.md", "## Presses"), r"\w+")
+    assert sorted(name for name, *_ in rows) == sorted(PRESSES)
+    for name, _, *more in rows:
+        assert is_decoding(name) == (not more), name
+        press = None if is_decoding(name) else make_press(name, 0.5)
+        if press is not None:
+            assert more[0] == ("shared" if shares_prefill(press) else "own"), name
+            assert needs_question(press) == ("--query_aware" in more[1]), name
+    assert all(f"`{name}`" in section("docs/evaluation.md", "## Presses") for name in REFUSED)
+
+
+def test_every_benchmark_is_documented():
+    rows = table(section("docs/evaluation.md", "## Benchmarks"), r"[\w-]+")
+    assert sorted(name for name, *_ in rows) == sorted(BENCHMARKS)
+
+
+def test_a_file_of_your_own(tmp_path):
+    text = section("docs/evaluation.md", "### Your own file")
+    (tmp_path / "notes.jsonl").write_text(re.findall(r"```json\n(.+?)```", text, re.DOTALL)[0], encoding="utf-8")
+    assert len(file_rows(tmp_path / "notes.jsonl")) == 1
+    assert all(f"`{metric}`" in text for metric in METRICS)
+
+
+def test_every_figure_of_a_profile_is_documented():
+    kinds = ("full", "requested", "logical", "physical")
+    seconds = {"prefill_seconds": 1.0, "decode_seconds": 1.0}
+    measured = {"num_tokens": 1, "peak_memory_bytes": 1, "device": "cpu", "row": 0}
+    keys = profile([{"kv_bytes": dict.fromkeys(kinds, 1), **seconds, **measured}])
+    text = section("docs/evaluation.md", "## Files")
+    assert all(f"`{name}`" in text for name in (*keys, *kinds))
+
+
+@pytest.mark.parametrize(("name", "text"), [("training", "143 stopped by a signal"), ("evaluation", "143 and 130")])
+def test_the_status_of_a_stopped_run(name, text):
+    assert text in TEXTS[f"docs/{name}.md"]
     assert cli.STOPPED == 143
 
 
@@ -224,14 +295,14 @@ def modules() -> dict[str, Path]:
 
 
 def test_the_file_list_is_the_tree():
-    block = TEXTS["docs/architecture.md"].split("## The files\n")[1].split("\n## ")[0]
-    listed, folder = set(), ""
-    for indent, name in re.findall(r"^    ( {2,4})(\w+(?:/|\.py))(?:\s|$)", block, flags=re.MULTILINE):
-        folder = folder if len(indent) == 4 else ""
+    block = section("docs/architecture.md", "## The files")
+    listed, folders = set(), []
+    for indent, name in re.findall(r"^    ((?:  )+)(\w+(?:/|\.py))(?:\s|$)", block, flags=re.MULTILINE):
+        folders = folders[: len(indent) // 2 - 1]
         if name.endswith("/"):
-            folder = name
+            folders.append(name)
         else:
-            listed.add(folder + name)
+            listed.add("".join(folders) + name)
     assert listed == {name for name in modules() if not name.endswith("__init__.py")}
 
 
@@ -260,3 +331,10 @@ def test_imports_point_downward(name):
         assert pair != {"training", "evaluation"}, f"{name} imports {imported}"
     if name == "attention.py":
         assert not imports(modules()[name])
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name.split("/")[1:2] and "evaluation/" in name])
+def test_parts_of_evaluation_stand_alone(name):
+    own = name.split("/")[1]
+    used = {part.split(".")[1] for part in imports(modules()[name]) if part.startswith("evaluation.")}
+    assert own not in EVALUATION or used <= {own}

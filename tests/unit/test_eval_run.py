@@ -362,7 +362,7 @@ def test_a_press_that_cannot_run_does_not_end_the_matrix(inputs, tmp_path, caplo
 
 
 def test_a_line_now_and_then_in_a_log(monkeypatch, caplog):
-    monkeypatch.setattr("sparsekv.evaluation.progress.EVERY", 0)
+    monkeypatch.setattr("sparsekv.evaluation.matrix.progress.EVERY", 0)
     with caplog.at_level("INFO", logger="sparsekv"), AnswersProgress(10) as progress:
         progress.advance(0)
         progress.advance(3)

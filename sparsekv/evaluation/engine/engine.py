@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsekv.errors import UserError
+from sparsekv.errors import UserError, require
 from sparsekv.evaluation.engine.caches import CacheMaker
 from sparsekv.evaluation.engine.decode import Row, generate, log_likelihoods
 from sparsekv.evaluation.engine.memory import GIB, default_budget, is_out_of_memory
@@ -93,9 +93,7 @@ class Engine:
         memory_budget: int | None = None,
         sampling: Sampling | None = None,
     ) -> None:
-        config: Any = model.config
-        if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-            raise UserError(f"--model {config.name_or_path}: has sliding-window layers; presses are not made for them")
+        check_layers(model.config, str(model.config.name_or_path))
         self.model, self.tokenizer = model, tokenizer
         self.budget = memory_budget or default_budget(model.device)
         self.sampling = sampling or Sampling()
@@ -316,6 +314,12 @@ class Engine:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
+
+
+def check_layers(config: PreTrainedConfig, name: str) -> None:
+    """Raise UserError for a model with sliding-window layers: presses are not made for them."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    require(kinds == {"full_attention"}, f"--model {name}: has sliding-window layers; presses are not made for them")
 
 
 def _order(pending: _Pending) -> tuple[bool, int, int]:
