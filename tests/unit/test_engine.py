@@ -257,14 +257,57 @@ def test_a_press_that_fails_does_not_end_the_matrix(model, tokenizer, monkeypatc
     cells = (FULL_CACHE, Cell("snapkv", 0.5), Cell("knorm", 0.5), Cell("decoding_snapkv:compression_interval=2", 0.5))
     found = list(itertools.chain(*Engine(model, tokenizer).run(works_of(tokenizer, cells))))
     failures = [each for each in found if isinstance(each, Failure)]
-    reason = "ValueError: no score for you"
+    reason = f"ValueError: no score for you (row 0, a context of {works_of(tokenizer, cells)[0].ids.shape[1]} tokens)"
     assert failures == [Failure(cells[3], reason), Failure(cells[1], reason)]
     assert {each.cell for each in found if isinstance(each, Answer)} == {FULL_CACHE, cells[2]}
 
 
-def test_sliding_windows_are_refused(tokenizer):
-    with pytest.raises(UserError, match="sliding-window"):
-        Engine(make_tiny("gemma3"), tokenizer)
+@pytest.mark.parametrize(
+    ("family", "changes", "why"),
+    [
+        ("gemma3", {}, "sliding-window"),
+        ("mistral", {"sliding_window": 64}, "sliding-window"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rotary type dynamic",
+        ),
+    ],
+)
+def test_models_that_would_be_answered_wrongly_are_refused(tokenizer, family, changes, why):
+    with pytest.raises(UserError, match=f"^--model .*{why}"):
+        Engine(make_tiny(family, **changes), tokenizer)
+
+
+def test_a_window_that_is_not_used_is_no_window(tokenizer):
+    Engine(make_tiny("qwen2", sliding_window=64, use_sliding_window=False), tokenizer)
+
+
+def test_a_template_that_fails_is_one_line():
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('not like this') }}"
+    with pytest.raises(UserError, match=r"^--chat_template true: .*not like this.*pass false$"):
+        encode_prompt(tokenizer, "a", ["b"], "")
+
+
+def test_a_likelihood_needs_plain_logits(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model.config, "logits_scaling", 8.0, raising=False)
+    with pytest.raises(UserError, match="logits_scaling"):
+        list(Engine(model, tokenizer).run([likelihood_work(tokenizer, [FULL_CACHE], "")]))
+
+
+def test_a_prefill_that_never_fits_is_one_line(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(caches_module, "prefill_shared", out_of_memory)
+    with pytest.raises(UserError, match=r"^out of memory with one row of .*--context_length$"):
+        texts_of(Engine(model, tokenizer), works_of(tokenizer, CELLS[:2]))
+
+
+def test_an_idle_press_is_reported(model, tokenizer, caplog):
+    cell = Cell("decoding_knorm", 0.5)
+    answers = [each for batch in Engine(model, tokenizer).run(works_of(tokenizer, [cell])) for each in batch]
+    assert [record.getMessage() for record in caplog.records if "evicts nothing" in record.getMessage()]
+    assert all(answer.prefill_seconds > 0 for answer in answers)
+    assert answers[0].kv_bytes["requested"] == pytest.approx(answers[0].kv_bytes["full"] / 2, rel=0.01)
 
 
 # ---- what a cache holds ----

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsekv.errors import require
 from sparsekv.evaluation.engine.padded_cache import PADDED_ATTENTION, PaddedCache
 from sparsekv.evaluation.engine.padded_forward import PaddedForward
 from sparsekv.evaluation.engine.prefill import EvictedCache
@@ -19,6 +20,7 @@ from sparsekv.evaluation.engine.sampling import Sampler
 # Share of rows still going at which the others leave the batch. Before, moving the cache costs more than they do: on a
 # GPU another row is nearly free, and a new shape is a new graph.
 SHRINK = {"cpu": 0.75, "cuda": 0.5}
+LOGIT_CHANGES = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,14 @@ def log_likelihoods(model: PreTrainedModel, rows: Sequence[Row], starts: Sequenc
     ------
     float32[A, V]
         For each scored token, what the tokens before it predict.
+
+    Raises
+    ------
+    UserError
+        For a model whose logits are not its head's output.
     """
+    scaled = [name for name in LOGIT_CHANGES if getattr(model.config, name, None) not in (None, 1, 1.0)]
+    require(not scaled, f"--model: its logits are changed by {', '.join(scaled)}, which a likelihood does not know")
     cache, ids, positions = _begin(rows)
     with padded_attention_in(model):
         hidden = model.model(

@@ -5,6 +5,7 @@ and all cells, questions and generations of several contexts are decoded as one 
 memory. Each answer is the one that kvpress's pipeline gives.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -14,15 +15,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsekv.errors import UserError, require
+from sparsekv.errors import UserError
 from sparsekv.evaluation.engine.caches import CacheMaker
 from sparsekv.evaluation.engine.decode import Row, generate, log_likelihoods
 from sparsekv.evaluation.engine.memory import GIB, default_budget, is_out_of_memory
+from sparsekv.evaluation.engine.model_check import check_model
 from sparsekv.evaluation.engine.prefill import EvictedCache
 from sparsekv.evaluation.engine.sampling import Sampler, Sampling
-from sparsekv.evaluation.engine.while_decoding import generate_with_press
+from sparsekv.evaluation.engine.while_decoding import generate_with_press, kept_while_decoding, prefill_for_decoding
 from sparsekv.evaluation.engine.work import FULL_CACHE, Answer, Cell, ContextWork, Failure, Question
 from sparsekv.presses import is_decoding
 
@@ -83,7 +85,7 @@ class Engine:
     Raises
     ------
     UserError
-        For a model with sliding-window layers: presses are not made for them.
+        For a model that `check_model` refuses.
     """
 
     def __init__(
@@ -93,13 +95,14 @@ class Engine:
         memory_budget: int | None = None,
         sampling: Sampling | None = None,
     ) -> None:
-        check_layers(model.config, str(model.config.name_or_path))
+        check_model(model.config, str(model.config.name_or_path))
         self.model, self.tokenizer = model, tokenizer
-        self.budget = memory_budget or default_budget(model.device)
+        self.budget = default_budget(model.device) if memory_budget is None else memory_budget
         self.sampling = sampling or Sampling()
         self._sampler = Sampler(self.sampling)
         self._caches = CacheMaker(model, tokenizer, self.sampling.seed)
         self._failed: set[Cell] = set()
+        self._warned: set[Cell] = set()
         self._references: dict[int, Tensor] = {}
         stop = model.generation_config.eos_token_id if model.generation_config else None
         self._stop_ids: list[Any] = stop if isinstance(stop, list) else [stop]
@@ -128,7 +131,8 @@ class Engine:
                         raise
                     yield from self._flush(pool)
                     for cell in cells:  # one at a time, with nothing else in memory
-                        yield from self._prefill(work, [cell], pool)
+                        with self._one_line_without_memory(cell, work.ids.shape[1]):
+                            yield from self._prefill(work, [cell], pool)
                         yield from self._flush(pool)
         yield from self._flush(pool)
 
@@ -159,6 +163,22 @@ class Engine:
         rows = len(cells) * len(work.questions) * self.sampling.num_generations
         return held + coming <= self.budget / 2 and len(pool) + rows <= 2 * self._max_rows
 
+    @contextlib.contextmanager
+    def _one_line_without_memory(self, cell: Cell, tokens: int) -> Iterator[None]:
+        """Inside, running out of memory is a UserError: there is nothing left to halve."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._too_large(cell, tokens) from error
+
+    def _too_large(self, cell: Cell, tokens: int) -> UserError:
+        size = self._full_bytes(tokens) / GIB
+        return UserError(
+            f"out of memory with one row of {cell}, {size:.1f} GiB of full cache; shorten --context_length"
+        )
+
     def _full_bytes(self, tokens: int) -> int:
         """Bytes of a full cache."""
         config: Any = self.model.config
@@ -187,7 +207,7 @@ class Engine:
         start = self._now()
         outcome = self._caches.make(work, [cell for cell in making if cell not in self._failed])
         share = (self._now() - start) / max(1, len(outcome) * len(work.questions) * self.sampling.num_generations)
-        failures = [self._fail(cell, error) for cell, error in outcome.items() if isinstance(error, Exception)]
+        failures = [self._fail(cell, error, work) for cell, error in outcome.items() if isinstance(error, Exception)]
         if failures:
             yield failures
         for cell, cache in outcome.items():
@@ -198,12 +218,14 @@ class Engine:
                         row = _row(question, cache, generation)
                         pool.append(_Pending(row, question, cell, generation, cell in cells, kv_bytes, share))
 
-    def _fail(self, cell: Cell, error: Exception) -> Failure:
+    def _fail(self, cell: Cell, error: Exception, work: ContextWork) -> Failure:
         self._failed.add(cell)
         message = " ".join(str(error).split())
-        reason = message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"
+        if not isinstance(error, UserError):
+            where = f"row {work.questions[0].row}, a context of {work.ids.shape[1]} tokens"
+            message = f"{type(error).__name__}: {message} ({where})"
         logger.debug("%s failed", cell, exc_info=error)
-        return Failure(cell, reason)
+        return Failure(cell, message)
 
     def _kv_bytes(self, work: ContextWork, cell: Cell, cache: EvictedCache) -> dict[str, float]:
         full = self._full_bytes(work.ids.shape[1])
@@ -234,10 +256,7 @@ class Engine:
         if answers is not None:
             yield answers
         elif len(batch) == 1:
-            size = self._full_bytes(batch[0].row.slots) / GIB
-            raise UserError(
-                f"out of memory with one row of {batch[0].cell}, a cache of {size:.1f} GiB; shorten --context_length"
-            )
+            raise self._too_large(batch[0].cell, batch[0].row.slots)
         else:
             logger.warning("out of memory with %d rows: going on with half", len(batch))
             self._max_rows = max(1, len(batch) // 2)
@@ -282,28 +301,57 @@ class Engine:
         for cell in work.cells:
             if not is_decoding(cell.press) or cell in self._failed:
                 continue
+            self._warn_if_idle(cell, work)
             for question in work.questions:
                 try:
-                    yield list(self._generate_with_press(work, question, cell))
+                    with self._one_line_without_memory(cell, work.ids.shape[1] + question.max_new_tokens):
+                        yield list(self._generate_with_press(work, question, cell))
+                except UserError:
+                    raise
                 except Exception as error:
-                    if is_out_of_memory(error):
-                        raise
-                    yield [self._fail(cell, error)]
+                    yield [self._fail(cell, error, work)]
                     break
 
     def _generate_with_press(self, work: ContextWork, question: Question, cell: Cell) -> Iterator[Answer]:
         press = self._caches.press(cell)
         seeds = [_seed(question, generation) for generation in range(self.sampling.num_generations)]
         start = self._now()
+        cache = prefill_for_decoding(self.model, work.ids, press)
+        middle = self._now()
         answers, tokens_seen, held = generate_with_press(
-            self.model, work.ids, question.ids, press, question.max_new_tokens, self._stop_ids, self._sampler, seeds
+            self.model,
+            cache,
+            work.ids.shape[1],
+            question.ids,
+            press,
+            question.max_new_tokens,
+            self._stop_ids,
+            self._sampler,
+            seeds,
         )
-        seconds = (self._now() - start) / len(answers)
-        full = self._full_bytes(tokens_seen)
-        kv_bytes = {"full": full, "requested": full * (1 - cell.ratio), "logical": held, "physical": held}
+        prefill_seconds, seconds = (middle - start) / len(answers), (self._now() - middle) / len(answers)
+        kv_bytes: dict[str, float] = {
+            "full": self._full_bytes(tokens_seen),
+            "requested": self._full_bytes(kept_while_decoding(press, tokens_seen)),
+            "logical": held,
+            "physical": held,
+        }
         for generation, tokens in enumerate(answers):
+            text = self._decode(tokens)
             yield Answer(
-                question.row, cell, generation, self._decode(tokens), None, None, len(tokens), kv_bytes, 0.0, seconds
+                question.row, cell, generation, text, None, None, len(tokens), kv_bytes, prefill_seconds, seconds
+            )
+
+    def _warn_if_idle(self, cell: Cell, work: ContextWork) -> None:
+        """Say once when every answer ends before the press first evicts."""
+        press, longest = self._caches.press(cell), max(question.max_new_tokens for question in work.questions)
+        interval = getattr(press, "compression_interval", 0)
+        if longest < interval and cell not in self._warned:
+            self._warned.add(cell)
+            logger.warning(
+                "%s evicts every %d tokens, but answers have at most %d: it evicts nothing; "
+                "give %s:compression_interval=N",
+                *(cell, interval, longest, cell.press),
             )
 
     def _decode(self, tokens: list[int]) -> str:
@@ -314,12 +362,6 @@ class Engine:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
-
-
-def check_layers(config: PreTrainedConfig, name: str) -> None:
-    """Raise UserError for a model with sliding-window layers: presses are not made for them."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    require(kinds == {"full_attention"}, f"--model {name}: has sliding-window layers; presses are not made for them")
 
 
 def _order(pending: _Pending) -> tuple[bool, int, int]:

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsekv.errors import require
+from sparsekv.errors import UserError, require
 
 
 def encode_prompt(
@@ -54,9 +55,14 @@ def _open_turn(
         return (tokenizer.bos_token or "") + context, "\n"
     mark = "#" * (len(context) + 10)  # longer than any run of it in the context
     turn = [{"role": "user", "content": context + mark}]
-    parts = str(
-        tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False, enable_thinking=enable_thinking)
-    ).split(mark)
+    try:
+        text = tokenizer.apply_chat_template(
+            turn, add_generation_prompt=True, tokenize=False, enable_thinking=enable_thinking
+        )
+    except TemplateError as error:
+        message = " ".join(str(error).split())
+        raise UserError(f"--chat_template true: this model's template fails ({message}); pass false") from error
+    parts = str(text).split(mark)
     require(len(parts) == 2, "--chat_template true: this model's template does not hold a user's text once; pass false")
     return parts[0], parts[1]
 

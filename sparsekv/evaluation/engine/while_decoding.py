@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from kvpress import BasePress, DecodingPress
+from kvpress import BasePress, CompressionRatioDecodingPress, DecodingPress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -13,9 +13,26 @@ from sparsekv.evaluation.engine.sampling import Sampler
 
 
 @torch.inference_mode()
+def prefill_for_decoding(model: PreTrainedModel, context_ids: Tensor, press: BasePress) -> DynamicCache:
+    """The cache of a context, Long[1, C], under the press where it evicts in the prefill too."""
+    cache = DynamicCache()
+    with contextlib.nullcontext() if isinstance(press, DecodingPress) else press(model):
+        model.model(input_ids=context_ids.to(model.device), past_key_values=cache)
+    return cache
+
+
+def kept_while_decoding(press: BasePress, tokens_seen: int) -> int:
+    """Tokens that the press is asked to keep in the end."""
+    if isinstance(press, CompressionRatioDecodingPress):
+        return int(tokens_seen * (1 - press.target_compression_ratio))
+    return min(tokens_seen, getattr(press, "target_size", tokens_seen))
+
+
+@torch.inference_mode()
 def generate_with_press(
     model: PreTrainedModel,
-    context_ids: Tensor,
+    cache: Any,
+    context_length: int,
     question_ids: Tensor,
     press: BasePress,
     max_new_tokens: int,
@@ -23,17 +40,18 @@ def generate_with_press(
     sampler: Sampler,
     seeds: Sequence[int],
 ) -> tuple[list[list[int]], int, int]:
-    """Prefill, then decode with the press's hooks in place, as kvpress's pipeline does.
+    """Decode with the press's hooks in place, as kvpress's pipeline does.
 
     The generations of one question have the same length at every step, so they are decoded together.
 
     Parameters
     ----------
     model : PreTrainedModel
-    context_ids : Long[1, C]
+    cache : DynamicCache
+        Of `prefill_for_decoding`; it is used up.
+    context_length : int
     question_ids : Long[1, Q]
     press : BasePress
-        A `DecodingPress`, or one that evicts in the prefill too.
     max_new_tokens : int
     stop_ids : sequence of int
     sampler : Sampler
@@ -49,14 +67,11 @@ def generate_with_press(
     held : int
         Bytes of one generation's cache at the end.
     """
-    cache: Any = DynamicCache()
-    with contextlib.nullcontext() if isinstance(press, DecodingPress) else press(model):
-        model.model(input_ids=context_ids.to(model.device), past_key_values=cache)
     cache.batch_repeat_interleave(len(seeds))
     answers: list[list[int]] = [[] for _ in seeds]
     done = [False] * len(seeds)
     ids = question_ids.expand(len(seeds), -1)
-    position = torch.arange(context_ids.shape[1], context_ids.shape[1] + ids.shape[1])[None]
+    position = torch.arange(context_length, context_length + ids.shape[1])[None]
     devices = [model.device] if model.device.type == "cuda" else []
     with press(model), torch.random.fork_rng(devices):
         torch.manual_seed(seeds[0])  # of presses that draw at random

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from sparsekv.errors import UserError, require
 from sparsekv.evaluation.benchmarks.registry import load_benchmark
 from sparsekv.evaluation.benchmarks.schema import Benchmark
-from sparsekv.evaluation.engine.engine import check_layers
+from sparsekv.evaluation.engine.model_check import check_model
 from sparsekv.evaluation.engine.work import NO_PRESS, Cell
 from sparsekv.evaluation.matrix.cells import CellFolder, check_names
 from sparsekv.evaluation.matrix.config import EvalConfig, RunConfig, Suite, split
@@ -108,7 +108,7 @@ def device(config: EvalConfig) -> str:
 def _load_base(name: str, config: EvalConfig) -> Base:
     source = Path(resolve_model(name))
     model_config = load_config(name, config.trust_remote_code)
-    check_layers(model_config.get_text_config(), name)
+    check_model(model_config.get_text_config(), name)
     tokenizer = load_tokenizer(name, config.trust_remote_code)
     tokenizer.model_max_length = sys.maxsize  # lengths are checked here, and not also warned of
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)

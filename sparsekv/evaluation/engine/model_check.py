@@ -1,0 +1,36 @@
+"""Which models the engine can evaluate."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from sparsekv.errors import require
+
+MOVING_ROPE = ("dynamic", "longrope")
+
+
+def check_model(config: PreTrainedConfig, name: str) -> None:
+    """Refuse what would be answered wrongly, from a model's configuration alone.
+
+    Raises
+    ------
+    UserError
+        For a model without grouped key/value heads in its configuration, with sliding-window layers (presses are not
+        made for them), or with rotary frequencies that depend on the longest row of a batch.
+    """
+    heads = hasattr(config, "num_key_value_heads")
+    require(heads, f"--model {name}: {config.model_type} has no num_key_value_heads; give a Llama-like model")
+    require(not _slides(config), f"--model {name}: has sliding-window layers, and presses are not made for them")
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type"))
+    reason = f"rotary type {kind} depends on the longest row of a batch; give one of fixed frequencies"
+    require(kind not in MOVING_ROPE, f"--model {name}: {reason}")
+
+
+def _slides(config: PreTrainedConfig) -> bool:
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        return set(layer_types) != {"full_attention"}
+    window = getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True)
+    return bool(used) and window is not None and window < config.max_position_embeddings
