@@ -140,6 +140,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         options = parser.parse_args(files_first(spell_out_switches(arguments)))
     except UnicodeDecodeError as error:
         raise UserError("--config: the file is not UTF-8 text") from error
+    except RecursionError as error:
+        raise UserError("--config: the file is nested too deeply, or holds itself") from error
     values = parser.instantiate(options)[options.command].as_dict()
     values.pop("config", None)
     return options.command, values

@@ -75,6 +75,7 @@ def without(column):
         ({}, "it has no context, question, answer_prefix, answer, max_new_tokens, task; "),
         ({**ROW, "answer": ""}, "answer is ''; it must be a text or a list of texts, none of them empty"),
         ({**ROW, "answer": " \n"}, r"answer is ' \\n'; it must be"),
+        ({**ROW, "answer": "\u0001"}, r"answer is '\\x01'; it must be"),
         ({**ROW, "answer": []}, r"answer is \[\]; it must be"),
         ({**ROW, "answer": ["x", ""]}, r"answer is \['x', ''\]; it must be"),
         ({**ROW, "answer": None}, "answer is None; it must be"),
@@ -86,6 +87,7 @@ def without(column):
         ({**ROW, "question": "\udc00"}, r"question is '\\udc00'; it must be Unicode text"),
         ({**ROW, "task": " "}, "task is empty"),
         ({**ROW, "max_new_tokens": 0}, "max_new_tokens is 0; it must be a whole number above 0"),
+        ({**ROW, "max_new_tokens": 10**20}, "max_new_tokens is 1000.*; it must be a whole number above 0 and at most"),
         ({**ROW, "max_new_tokens": True}, "max_new_tokens is True; it must be"),
         ({**ROW, "max_new_tokens": 1.5}, "max_new_tokens is 1.5; it must be"),
         ({**ROW, "max_new_tokens": "9"}, "max_new_tokens is '9'; it must be"),
@@ -140,6 +142,8 @@ def test_a_bad_table_is_named(tmp_path, tiny_tokenizer):
     refused(": the file is empty")
     columns = {name: [value] for name, value in ROW.items()}
     text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xe9")])
+    pq.write_table(pa.Table.from_arrays([*columns.values(), ["t"]], [*columns, "task"]), path)
+    refused(": it has the column task twice")
     pq.write_table(pa.table({**columns, "context": text}), path)
     refused(": it holds text that is not UTF-8")
 

@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from sparsekv.errors import UserError
@@ -67,16 +68,25 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_names_are_those_of_kvpress():
     changes = {"data_dir": 4096, "model": "meta-llama/Llama-3", "press_name": "snapkv:window_size=32:kernel_size=7"}
     name = cell_name(config(**changes, compression_ratio=0.875))
-    assert name == "mine__4096__meta-llama--Llama-3__snapkv_window_size=32_kernel_size=7__0.88"
+    assert name == "mine__4096__meta-llama--Llama-3__snapkv_window_size=32_kernel_size=7__0.875"
+    ratios = {0.999: "0.999", 0.3: "0.30", 0.0: "0.00", 0.1 + 0.2: "0.30000000000000004"}
+    for ratio, written in ratios.items():
+        assert cell_name(config(compression_ratio=ratio)).endswith(f"__{written}")
     assert cell_name(config(query_aware=True)) == "mine__m__snapkv__0.50__query_aware"
     assert "/" not in cell_name(config(data_dir="texts/a.txt"))
 
 
 def test_two_cells_in_one_folder_are_refused(tmp_path):
-    one, two = (CellFolder(tmp_path, config(compression_ratio=ratio), ROWS) for ratio in (0.301, 0.3))
+    one, two = (CellFolder(tmp_path, config(max_new_tokens=most), ROWS) for most in (3, 4))
     check_names([one])
-    with pytest.raises(UserError, match=r"compression_ratio 0\.301 and 0\.3"):
+    with pytest.raises(UserError, match="max_new_tokens 3 and 4"):
         check_names([one, two])
+
+
+def test_a_name_too_long_for_a_folder_is_the_models_fault(tmp_path):
+    check_names([CellFolder(tmp_path, config(model="m" * 200), ROWS)])
+    with pytest.raises(UserError, match=r"^--model mmm.* at most 240"):
+        check_names([CellFolder(tmp_path, config(model="m" * 230), ROWS)])
 
 
 # ---- the life of a cell ----
@@ -279,7 +289,7 @@ def test_a_kill_while_a_cell_is_finished(new, monkeypatch, moment):
         ({"num_samples": 5, "benchmark_fingerprint": "c"}, r"num_samples None, now 5"),
         ({"benchmark_fingerprint": "c"}, r"benchmark_fingerprint 'b', now 'c'"),
         ({"max_new_tokens": 4}, r"max_new_tokens None, now 4"),
-        ({"compression_ratio": 0.499}, r"compression_ratio 0\.5, now 0\.499"),
+        ({"kvpress_version": "0.5.6"}, r"kvpress_version None, now '0\.5\.6'"),
     ],
 )
 def test_another_configuration_is_refused(new, changes, said):
@@ -329,6 +339,37 @@ def damage(cell: CellFolder, what: str) -> None:
             path.unlink()
         cell.path.rmdir()
         cell.path.write_text("a file")
+
+
+@pytest.mark.parametrize("line", ['{"row": 0, "generation": 0}', "[1]", json.dumps({**record(0), "kv_bytes": 3})])
+def test_a_line_that_lacks_what_a_prediction_has_is_refused(new, line):
+    cell = new()
+    cell.begin()
+    (cell.path / "journal-a.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match="is no prediction; delete"):
+        new().check()
+
+
+def test_a_folder_is_no_journal(new):
+    cell = new()
+    (cell.path / "journal-a.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"corrupt \(no config"):
+        cell.check()
+    (cell.path / "journal-a.jsonl").rmdir()
+    cell.begin()
+    (cell.path / "journal-a.jsonl").mkdir()
+    new().check()
+
+
+def test_rows_that_are_not_the_benchmarks_are_named(new):
+    cell = new()
+    cell.begin()
+    cell.append(everything())
+    cell.finish(benchmark())
+    table = pd.read_csv(cell.path / "predictions.csv")
+    table.replace({"row": {2: 7}}).to_csv(cell.path / "predictions.csv", index=False)
+    with pytest.raises(UserError, match=r"wrong rows: row (2|7), generation 0"):
+        new().check()
 
 
 KINDS = ("truncated", "no config", "another's", "no mapping", "no yaml", "no json", "no metrics", "columns", "journal")

@@ -259,6 +259,12 @@ def test_switches_of_eval(eval_values):
         (["--model", "m"], "--out is missing"),
         ([*EVAL, "--runs", "{a: {model: m}}"], "--model or runs"),
         (["--out", "o", "--runs", "{a: {adapter: m}}"], "runs: a lacks its model"),
+        (["--out", "o", "--runs", "{a: {model: m}, b: {model: m}}"], "runs: two have the same model"),
+        ([*EVAL, "--ratios", ""], "--ratios is empty"),
+        ([*EVAL, "--presses", ""], "--presses is empty"),
+        ([*EVAL, "--presses", ","], "--presses is empty"),
+        ([*EVAL, "--benchmarks", "[{name: b, ratios: 2}]"], "benchmarks: b: --ratios 2"),
+        ([*EVAL, "--query_aware", "--max_context_length", "9"], "--max_context_length 9"),
         (["--out", "o", "--runs", "{../a: {model: m}}"], "runs: '../a'"),
         (["--out", "o", "--runs", "{a: {model: m}}", "--adapter", "x"], "--adapter"),
         (["--out", "o", "--runs", "{a: {model: m}}", "--only", "b"], "--only b: no such run; there are a"),
@@ -444,6 +450,8 @@ def test_bad_configurations(options, tmp_path, capsys, content):
 
 
 def test_configurations_that_cannot_be_read(options, tmp_path, capsys):
+    (tmp_path / "loop.yaml").write_text("a: &a [*a]")
+    assert "--config" in failure(capsys, "train", *as_flags(options), "--config", str(tmp_path / "loop.yaml"))
     (tmp_path / "latin.yaml").write_bytes("model: Ærø".encode("latin-1"))
     for file in (tmp_path / "none.yaml", tmp_path, tmp_path / "latin.yaml"):
         assert "--config" in failure(capsys, "train", *as_flags(options), "--config", str(file))

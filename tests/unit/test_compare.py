@@ -199,6 +199,13 @@ def test_compare_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
         compare([str(base), str(tmp_path / "nowhere")])
 
 
+def test_an_output_that_is_a_file(tmp_path: Path) -> None:
+    folders = three_runs(tmp_path, rows=3)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"^--output {tmp_path / 'file'}: cannot be written"):
+        compare(folders, str(tmp_path / "file"))
+
+
 def test_each_run_is_compared_with_the_same_model(tmp_path: Path) -> None:
     for model, level in (("small", 10), ("large", 20)):
         write_run(tmp_path / "base", {"qa": [90, 80]}, {"qa": [level, level]}, model=model)

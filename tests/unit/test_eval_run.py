@@ -291,6 +291,14 @@ def test_the_shard_of_a_process(monkeypatch):
     assert EvalConfig(model="m", out="o", shard="1/3").share() == (1, 3)
 
 
+@pytest.mark.parametrize(("rank", "size"), [("5", "2"), ("2", "2"), ("x", "2"), ("0", "")])
+def test_a_rank_that_cannot_be(monkeypatch, rank, size):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UserError, match=f"^RANK={rank} WORLD_SIZE={size} "):
+        EvalConfig(model="m", out="o")
+
+
 def test_the_device_of_a_process(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert inputs_module.device(EvalConfig(model="m", out="o")) == "cpu"
@@ -334,6 +342,8 @@ def test_runs_and_benchmarks_of_a_file(inputs, tmp_path):
     kl = [[float(row["score:kl"]) for row in csv.DictReader(path.open(newline=""))] for path in (full, evicted)]
     assert max(kl[0]) == pytest.approx(0, abs=1e-6)
     assert min(kl[1]) > 1e-4
+    summary = csv.DictReader((out / "summary.csv").open(newline=""))
+    assert {(bool(row["adapter"]), bool(row["diff_base"])) for row in summary} == {(False, False), (True, True)}
     evaluate(config(inputs, out, runs=runs, benchmarks=benchmarks, only="base", **options))
 
 
@@ -378,8 +388,10 @@ def encoder(tiny_tokenizer) -> Encoder:
     return make_encoder(tiny_tokenizer)
 
 
-def make_encoder(tokenizer: PreTrainedTokenizerFast, kind: str = "generate", positions: int | None = None, **options):
-    benchmark = Benchmark("mine", None, rows(), lambda row: {}, lambda rows: {}, kind=kind)
+def make_encoder(
+    tokenizer: PreTrainedTokenizerFast, kind: str = "generate", positions: int | None = None, twice=False, **options
+):
+    benchmark = Benchmark("mine", None, rows() * (1 + twice), lambda row: {}, lambda rows: {}, kind=kind)
     (suite,) = EvalConfig(model="m", out="o", benchmark="mine", **options).suites()
     return Encoder(tokenizer, positions, benchmark, suite)
 
@@ -401,12 +413,39 @@ def test_the_press_sees_the_question(tiny_tokenizer):
     assert "Question" not in tiny_tokenizer.decode(work.questions[0].ids[0])
 
 
+def test_rows_with_the_same_question_are_all_answered(tiny_tokenizer):
+    encoder = make_encoder(tiny_tokenizer, query_aware=True, twice=True)
+    assert encoder.contexts()[0] == [0, CONTEXTS * QUESTIONS]
+    work = encoder.encode(encoder.contexts()[0], [FULL_CACHE])
+    assert [question.row for question in work.questions] == [0, CONTEXTS * QUESTIONS]
+
+
+def test_nothing_to_answer_or_to_score_is_refused(tiny_tokenizer, monkeypatch):
+    encoder = make_encoder(tiny_tokenizer)
+    tiny_tokenizer = encoder.tokenizer
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ messages[0]['content'] }}")
+    encoder.benchmark.rows[1] |= {"question": "", "answer_prefix": ""}
+    encoder.encode([0], [])
+    with pytest.raises(UserError, match="row 1 has no token between context and answer"):
+        encoder.encode([1], [])
+    with pytest.raises(UserError, match="row 2 has an answer of 1 tokens"):
+        make_encoder(tiny_tokenizer, kind="likelihood").encode([2], [])
+
+
+def test_the_shortest_rows_are_looked_at_too():
+    numbers = range(50)
+    rows = [{"context": "c" * (50 - n), "question": "q", "answer_prefix": "p", "answer": "aa"} for n in numbers]
+    rows[40]["question"], rows[45]["answer"] = "", "a"
+    assert inputs_module._extremes(rows) == {*range(inputs_module.LONGEST), 40, 45}
+
+
 def test_text_is_scored_as_it_is(tiny_tokenizer):
     encoder = make_encoder(tiny_tokenizer, kind="likelihood")
+    encoder.benchmark.rows[0]["answer"] = "what follows"
     work = encoder.encode([0], [FULL_CACHE])
     assert tiny_tokenizer.decode(work.ids[0]) == "<|bos|>" + rows()[0]["context"]
     assert work.questions[0].ids.shape == (1, 0)
-    assert tiny_tokenizer.decode(work.questions[0].answer_ids[0]) == rows()[0]["answer"]
+    assert tiny_tokenizer.decode(work.questions[0].answer_ids[0]) == "what follows"
 
 
 def test_contexts_are_cut_or_refused(tiny_tokenizer):
@@ -416,6 +455,9 @@ def test_contexts_are_cut_or_refused(tiny_tokenizer):
     make_encoder(tiny_tokenizer, positions=length).encode([0], [])
     with pytest.raises(UserError, match=rf"row 0 has {length} tokens, the model has {length - 1} positions"):
         make_encoder(tiny_tokenizer, positions=length - 1).encode([0], [])
+    make_encoder(tiny_tokenizer, positions=length + 5, max_new_tokens=5).encode([0], [])
+    with pytest.raises(UserError, match=rf"row 0 has {length + 5} tokens with --max_new_tokens 5"):
+        make_encoder(tiny_tokenizer, positions=length + 4, max_new_tokens=5).encode([0], [])
 
 
 def test_answers_are_as_long_as_asked(tiny_tokenizer):
@@ -459,7 +501,19 @@ def test_only_what_is_missing_is_worked_on(inputs, tmp_path):
         ({"adapter": "/no/such/adapter"}, "--adapter /no/such/adapter"),
         ({"device": "cuda:99"}, "--device cuda:99"),
         ({"out": "/proc/nowhere"}, "--out /proc/nowhere"),
-        ({"ratios": "0.301,0.3"}, "two cells would share"),
+        ({"out": "z" * 300}, "--out zzz.*too long"),
+        ({"dtype": "int8"}, "--dtype int8"),
+        ({"max_new_tokens": 3000}, "with --max_new_tokens 3000, the model has 2048 positions"),
+        ({"presses": "decoding_knorm", "benchmark": "perplexity", "context_length": 100}, "--presses decoding_knorm"),
+        *(
+            ({flag: value, "benchmark": "perplexity", "context_length": 100, "num_samples": 2, **more}, f"--{flag} ")
+            for flag, value, more in (
+                ("max_context_length", 50, {}),
+                ("max_new_tokens", 5, {}),
+                ("query_aware", True, {}),
+                ("temperature", 0.5, {}),
+            )
+        ),
     ],
 )
 def test_nothing_is_written_for_what_cannot_work(inputs, tmp_path, changes, said):
@@ -499,6 +553,47 @@ def test_another_configuration_and_a_corrupt_cell_leave_the_rest_alone(inputs, t
     with pytest.raises(UserError, match=r"corrupt \(no config\.yaml\)"):
         evaluate(config(inputs, tmp_path))
     assert every_file(tmp_path) == before
+
+
+def test_a_row_without_the_question_that_a_press_needs(inputs, tmp_path):
+    lines = [{**row, "question": ""} if number == 3 else row for number, row in enumerate(rows())]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    options = {"benchmark": str(tmp_path / "some.jsonl"), "query_aware": True}
+    inputs_module.prepare(config(inputs, tmp_path / "out", presses="knorm", **options))
+    with pytest.raises(UserError, match="--presses finch: needs a question, and row "):
+        inputs_module.prepare(config(inputs, tmp_path / "out", presses="finch", **options))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("predictions.csv", "row,generation\n0,0\n"),
+        ("predictions.csv", "row,generation,task,score:m\n0,0,t,\n"),
+        ("predictions.csv", "row,generation,task,score:m\n0,0,t,oops\n"),
+        ("profile.json", "[]"),
+    ],
+)
+@pytest.mark.parametrize("whose", ["own", "another's"])
+def test_what_the_summary_could_not_read_is_refused_at_the_start(inputs, tmp_path, file, content, whose):
+    (tmp_path / "one.jsonl").write_text(json.dumps(rows()[0]) + "\n")
+    options = {"benchmark": str(tmp_path / "one.jsonl"), "ratios": "0.5"}
+    out = tmp_path / "out"
+    evaluate(config(inputs, out, presses="knorm", **options))
+    (folder,) = out.glob("*knorm*")
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=f"{folder / file}: corrupt"):
+        inputs_module.prepare(config(inputs, out, presses="knorm" if whose == "own" else "random", **options))
+
+
+def test_other_versions_of_what_decides_answers_are_noticed(inputs, tmp_path, monkeypatch):
+    options = {"presses": "knorm", "ratios": "0.5"}
+    (run,) = inputs_module.prepare(config(inputs, tmp_path, **options))
+    (tmp_path / ".locks").mkdir()
+    next(iter(run.jobs[0].cells.values())).begin()
+    inputs_module.prepare(config(inputs, tmp_path, **options))
+    monkeypatch.setattr(inputs_module, "versions", lambda names: dict.fromkeys(names, "9.9"))
+    with pytest.raises(UserError, match=r"kvpress_version '.*', now '9.9'"):
+        inputs_module.prepare(config(inputs, tmp_path, **options))
 
 
 def test_a_changed_benchmark_or_model_is_noticed(inputs, tmp_path):

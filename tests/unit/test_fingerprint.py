@@ -5,6 +5,16 @@ import pytest
 from sparsekv.evaluation.matrix import fingerprint as module
 from sparsekv.evaluation.matrix.fingerprint import fingerprint
 
+TEXTS = (
+    "tokenizer.json",
+    "chat_template.jinja",
+    "more/tool.jinja",
+    "vocab.txt",
+    "merges.txt",
+    "spm.model",
+    "modeling.py",
+)
+
 
 @pytest.fixture
 def model(tmp_path):
@@ -12,6 +22,9 @@ def model(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 64)
+    for name in TEXTS:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"content of {name}")
     return folder
 
 
@@ -21,7 +34,7 @@ def test_a_copy_is_the_same(model, tmp_path):
     assert fingerprint(model) == fingerprint(tmp_path / "copy")
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", *TEXTS])
 def test_every_byte_of_a_small_file_counts(model, name):
     before = fingerprint(model)
     data = bytearray((model / name).read_bytes())

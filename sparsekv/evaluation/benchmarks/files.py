@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 from sparsekv.errors import UserError
 from sparsekv.evaluation.benchmarks.schema import COLUMNS
 from sparsekv.evaluation.benchmarks.scoring.by_column import METRICS
+from sparsekv.evaluation.benchmarks.scoring.string_match import clean
 
 SUFFIXES = (".jsonl", ".parquet")
+LONGEST_ANSWER = 2**20  # tokens: no model has more positions to spare
 
 
 def file_rows(path: Path) -> list[dict[str, Any]]:
@@ -52,7 +54,11 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with path.open("rb") as file:
-            table = pq.read_table(file)
+            parquet = pq.ParquetFile(file)
+            columns = parquet.schema_arrow.names
+            if twice := [name for name in COLUMNS if columns.count(name) > 1]:
+                raise UserError(f"--benchmark {path}: it has the column {twice[0]} twice")
+            table = parquet.read()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(f"--benchmark {path}: it is not a parquet file") from error
     names = [name for name in (*COLUMNS, "metric") if name in table.column_names]
@@ -88,11 +94,11 @@ def _wrong(row: Mapping[str, Any]) -> str | None:
         if not value.strip() and column in ("context", "task"):
             return f"{column} is empty"
     accepted = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    if not accepted or not all(_is_text(answer) and answer.strip() for answer in accepted):
+    if not accepted or not all(_is_text(answer) and clean(answer) for answer in accepted):
         return f"answer is {_short(row['answer'])}; it must be a text or a list of texts, none of them empty"
     tokens = row["max_new_tokens"]
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        return f"max_new_tokens is {_short(tokens)}; it must be a whole number above 0"
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= LONGEST_ANSWER:
+        return f"max_new_tokens is {_short(tokens)}; it must be a whole number above 0 and at most {LONGEST_ANSWER}"
     return None
 
 

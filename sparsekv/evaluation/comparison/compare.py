@@ -17,7 +17,7 @@ from sparsekv.evaluation.comparison import tables
 from sparsekv.evaluation.comparison.levels import ALL_TASKS, FULL_CACHE, Level, levels
 from sparsekv.evaluation.comparison.results import NO_PRESS, Results, load_results
 from sparsekv.evaluation.comparison.statistics import Floats, Sampled, holm, interval, p_values, ratio
-from sparsekv.files import write_text
+from sparsekv.files import write_text, writing
 
 ROLES = ("base", "control", "trained")
 SIGNIFICANT = 0.05
@@ -110,7 +110,8 @@ def compare(folders: Sequence[str], output: str | None = None) -> None:
     tables.show(analyses, Console())
     if output is not None:
         summary = pd.concat([analysis.summary for analysis in analyses], ignore_index=True)
-        _write_text(Path(output) / "compare", summary, "Comparison", analyses)
+        with writing(Path(output), "--output"):
+            _write_text(Path(output) / "compare", summary, "Comparison", analyses)
 
 
 def _write_text(path: Path, summary: pd.DataFrame, title: str, analyses: Sequence[Analysis]) -> None:

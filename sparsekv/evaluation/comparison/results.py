@@ -22,6 +22,7 @@ COLUMNS = [*RUN, *CELL, "task", "row", "generation", "metric", "score", "headlin
 ROWS = "benchmark_fingerprint"  # of a benchmark's rows, in their order
 # What may differ between cells that are compared; all else in a cell's `sparsekv` section may not.
 FREE = {"model", "model_fingerprint", "adapter", "adapter_fingerprint", "dtype", "benchmark"}
+FREE |= {"kvpress_version", "transformers_version"}
 CHOOSES_ROWS = {"tasks", "num_samples", "context_length", "seed"}  # may differ where the rows are the same
 
 
@@ -77,6 +78,12 @@ def load_results(folder: str | Path) -> Results:
     for _, group in cells.groupby(RUN):
         check_paired(group)
     return Results(folder, cells, scores)
+
+
+def check_results(folder: Path, pattern: str = "*") -> None:
+    """Raise as `load_results` does where `folder` holds cells that it cannot read; there need be none."""
+    if _cell_folders(folder, pattern):
+        load_results(folder)
 
 
 def _cell_folders(folder: Path, pattern: str) -> list[Path]:

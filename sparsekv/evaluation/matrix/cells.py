@@ -10,6 +10,7 @@ Whatever a second process could do at the same moment happens under the cell's l
 
 import itertools
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pandas as pd
 import yaml
 from filelock import FileLock
 
-from sparsekv.errors import UserError
+from sparsekv.errors import UserError, require
 from sparsekv.evaluation.benchmarks.schema import Benchmark
 from sparsekv.evaluation.comparison.results import FINISHED
 from sparsekv.evaluation.matrix.journal import Journal
@@ -28,6 +29,7 @@ from sparsekv.files import write_json, write_text
 CONFIG = "config.yaml"
 UNAVAILABLE = "unavailable.json"
 LOCKS = ".locks"
+LONGEST_NAME = 240  # bytes of a folder's name: systems allow 255, and the name of its lock is longer
 FREE = {"device", "output_dir", "log_level", "press_init_command"}  # may differ between runs of one cell
 # What only leads to something that is compared itself: another path to the same adapter is no other cell.
 JUDGED_BY = {
@@ -120,7 +122,8 @@ class CellFolder:
         if not predictions.read_bytes().endswith(b"\n"):
             raise ValueError(f"{FINISHED[0]} breaks off")
         if sorted(rows) != sorted(self.expected):
-            raise ValueError(f"{FINISHED[0]} holds {len(rows)} predictions, not {len(self.expected)}")
+            wrong = min(set(rows) ^ self.expected, default=rows[0])
+            raise ValueError(f"{FINISHED[0]} has the wrong rows: row {wrong[0]}, generation {wrong[1]}")
 
     def begin(self) -> None:
         """Write config.yaml, unless another process just has; raises like `check`."""
@@ -170,13 +173,14 @@ class CellFolder:
 
 
 def cell_name(config: Mapping[str, Any]) -> str:
-    """`{dataset}__{data_dir}__{model}__{press}__{ratio}`, as kvpress names it."""
+    """`{dataset}__{data_dir}__{model}__{press}__{ratio}`, as kvpress names it; a ratio of more decimals keeps them."""
+    ratio = config["compression_ratio"]
     parts = (
         config["dataset"],
         config["data_dir"],
         config["model"],
         config["press_name"].replace(":", "_"),
-        f"{config['compression_ratio']:.2f}",
+        f"{ratio:.2f}" if round(ratio, 2) == ratio else str(ratio),
         "query_aware" if config["query_aware"] else None,
     )
     return "__".join(str(part).replace("/", "--") for part in parts if part)
@@ -191,9 +195,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
 
 
 def check_names(cells: Iterable[CellFolder]) -> None:
-    """Raise UserError when two cells would share a folder."""
+    """Raise UserError when two cells would share a folder, or a folder's name is too long."""
     seen: dict[Path, CellFolder] = {}
     for cell in cells:
+        size = len(os.fsencode(cell.path.name))
+        require(
+            size <= LONGEST_NAME,
+            f"--model {cell.config['model']}: a cell's folder is named after it, the benchmark and the press, which "
+            f"makes {size} bytes; at most {LONGEST_NAME} can be: give shorter ones",
+        )
         other = seen.setdefault(cell.path, cell)
         if other is not cell:
             changed = [f"{key} {one!r} and {two!r}" for key, one, two in differences(other.config, cell.config)]

@@ -97,6 +97,13 @@ class CellOptions:
             self.num_generations == 1 or self.temperature > 0,
             f"--num_generations {self.num_generations}: all would be the same at --temperature 0; give one above",
         )
+        cut = self.max_context_length
+        require(
+            not (self.query_aware and cut),
+            f"--max_context_length {cut}: would cut off the question that --query_aware puts at the end of the context",
+        )
+        require(bool(split(self.presses)), "--presses is empty: name one, or no_press for the full cache alone")
+        require(bool(split(self.ratios)), "--ratios is empty: give the share of the cache to evict, such as 0.5")
         self.cells()  # checks the ratios
 
     def cells(self) -> list[tuple[str, float]]:
@@ -119,7 +126,7 @@ class Suite(CellOptions):
     name: str = ""
 
     def __post_init__(self) -> None:
-        require(bool(self.name), "benchmarks: an entry lacks its name")
+        require(bool(self.name), "its name is missing")
         super().__post_init__()
 
 
@@ -179,6 +186,8 @@ class EvalConfig(CellOptions):
         for name, run in self.runs.items():
             require(bool(run.model), f"runs: {name} lacks its model")
             require(bool(re.fullmatch(r"\w[\w.+-]*", name)), f"runs: {name!r} cannot be the name of a folder")
+        models = [(run.model, run.adapter) for run in self.runs.values()]
+        require(len(set(models)) == len(models), "runs: two have the same model and adapter; leave one out")
         for name in split(self.only):
             require(name in self.runs, f"--only {name}: no such run; there are {', '.join(self.runs) or 'none'}")
         budget = self.memory_budget_gib
@@ -212,7 +221,10 @@ class EvalConfig(CellOptions):
     def share(self) -> tuple[int, int]:
         """(i, n): this process does every n-th part of the work, from the i-th on."""
         if self.shard is None:
-            return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+            rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+            valid = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
+            require(valid, f"RANK={rank} WORLD_SIZE={size} in the environment: RANK must be from 0 to WORLD_SIZE − 1")
+            return int(rank), int(size)
         parts = re.fullmatch(r"(\d+)/(\d+)", self.shard)
         valid = parts is not None and int(parts[1]) < int(parts[2])
         require(valid, f"--shard {self.shard}: must be i/n with i from 0 to n − 1, such as 0/8")
@@ -251,5 +263,5 @@ def _suite(options: dict[str, Any]) -> Suite:
     parser.add_class_arguments(Suite, as_group=False)
     try:
         return Suite(**parser.parse_object(options).as_dict())
-    except ArgumentError as error:
+    except (ArgumentError, UserError) as error:
         raise UserError(f"benchmarks: {options.get('name', 'an entry')}: {error}") from error

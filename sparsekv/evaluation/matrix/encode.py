@@ -47,31 +47,42 @@ class Encoder:
         Raises
         ------
         UserError
-            A row does not fit into the model's positions.
+            A row does not fit into the model's positions, or leaves nothing to answer or to score.
         """
         rows = [self.benchmark.rows[number] for number in numbers]
         encode = self._encode_text if self.benchmark.kind == "likelihood" else self._encode_prompt
         work = encode(numbers, rows, tuple(cells))
         for question in work.questions:
-            answer = 0 if question.answer_ids is None else question.answer_ids.shape[1]
-            length = work.ids.shape[1] + question.ids.shape[1] + answer
-            require(
-                self.positions is None or length <= self.positions,
-                f"--benchmark {self.benchmark.name}: row {question.row} has {length} tokens, the model has "
-                f"{self.positions} positions; give shorter contexts, or cut them with --max_context_length",
-            )
+            self._check(work.ids.shape[1], question)
         return work
+
+    def _check(self, context: int, question: Question) -> None:
+        where = f"--benchmark {self.benchmark.name}: row {question.row}"
+        if question.answer_ids is None:
+            # Where the benchmark says how long an answer may be, it is a bound that few come near.
+            asked, length = question.ids.shape[1], self.suite.max_new_tokens or 0
+            require(asked > 0, f"{where} has no token between context and answer; give it a question or answer_prefix")
+        else:  # its first token is what the context ends with: it is given, not scored
+            asked, length = 0, question.answer_ids.shape[1]
+            require(length > 1, f"{where} has an answer of {length} tokens, and the first is not scored; give a longer")
+        length += context + asked
+        new = f" with --max_new_tokens {self.suite.max_new_tokens}" if self.suite.max_new_tokens else ""
+        require(
+            self.positions is None or length <= self.positions,
+            f"{where} has {length} tokens{new}, the model has {self.positions} positions; give shorter contexts, or "
+            "cut them with --max_context_length",
+        )
 
     def _encode_prompt(
         self, numbers: Sequence[int], rows: Sequence[dict[str, Any]], cells: tuple[Cell, ...]
     ) -> ContextWork:
         context, asked = rows[0]["context"], [row["question"] for row in rows]
         if self.suite.query_aware:  # as kvpress does: the question ends the context, and none follows it
-            context, asked = context + asked[0], [""]
+            context, asked = context + asked[0], [""] * len(rows)
         ids, questions = self._prompt(context, asked, rows[0]["answer_prefix"])
         query = ids.shape[1] - self._prompt(rows[0]["context"], [], "")[0].shape[1] if self.suite.query_aware else 0
         limits = [self.suite.max_new_tokens or int(row["max_new_tokens"]) for row in rows]
-        asks = tuple(map(Question, numbers, questions, limits))
+        asks = tuple(Question(*each) for each in zip(numbers, questions, limits, strict=True))
         return ContextWork(ids[:, : self.suite.max_context_length], asks, cells, query)
 
     def _prompt(

@@ -1,4 +1,4 @@
-"""Whether two folders hold the same weights, in seconds."""
+"""Whether two folders hold the same model, in seconds."""
 
 import hashlib
 from collections.abc import Iterable
@@ -6,13 +6,18 @@ from pathlib import Path
 
 WHOLE = 2**28  # bytes; of a larger file as much is read, in pieces spread evenly
 PIECES = 256
+# Whatever decides an answer: weights, configurations, the tokenizer with its templates, a model's own code.
+DECISIVE = (
+    *("*config.json", "*.safetensors", "tokenizer*", "vocab*", "merges*", "*.model", "special_tokens_map.json"),
+    *("chat_template*", "*.jinja", "*/*.jinja", "*.py"),
+)
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 (hex) of the configurations and weights in a folder of a model or an adapter."""
+    """SHA-256 (hex) of the weights, configurations, tokenizer and code in a folder of a model or an adapter."""
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*config.json"), *folder.glob("*.safetensors")]):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    for file in sorted({file for pattern in DECISIVE for file in folder.glob(pattern) if file.is_file()}):
+        digest.update(f"{file.relative_to(folder).as_posix()} {file.stat().st_size}\n".encode())
         for piece in _pieces(file):
             digest.update(piece)
     return digest.hexdigest()

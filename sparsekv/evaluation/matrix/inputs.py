@@ -4,29 +4,33 @@ import functools
 import heapq
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from kvpress import BasePress
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sparsekv.errors import UserError, require
 from sparsekv.evaluation.benchmarks.registry import load_benchmark
 from sparsekv.evaluation.benchmarks.schema import Benchmark
+from sparsekv.evaluation.comparison.results import check_results
 from sparsekv.evaluation.engine.model_check import check_model
 from sparsekv.evaluation.engine.work import NO_PRESS, Cell
 from sparsekv.evaluation.matrix.cells import CellFolder, check_names
-from sparsekv.evaluation.matrix.config import EvalConfig, RunConfig, Suite, split
+from sparsekv.evaluation.matrix.config import CellOptions, EvalConfig, RunConfig, Suite, split
 from sparsekv.evaluation.matrix.encode import Encoder
 from sparsekv.evaluation.matrix.fingerprint import fingerprint
 from sparsekv.evaluation.matrix.jobs import Job
-from sparsekv.files import check_writable
-from sparsekv.models import check_adapter, check_device, load_config, load_tokenizer, resolve_model
-from sparsekv.presses import PRESSES, is_decoding, make_press
+from sparsekv.files import check_writable, writing
+from sparsekv.models import DTYPES, check_adapter, check_device, load_config, load_tokenizer, resolve_model
+from sparsekv.presses import PRESSES, is_decoding, make_press, needs_question
+from sparsekv.version import versions
 
-LONGEST = 8  # rows that are encoded to see whether a benchmark fits the model; the others are when they are due
+LONGEST = 8  # contexts that are encoded to see whether a benchmark fits the model; the others are when they are due
+JUDGES = ("kvpress", "transformers")  # packages that decide answers
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ def prepare(config: EvalConfig) -> list[Run]:
         For whatever cannot work: a model, adapter, device, benchmark or press, a context that is too long, a folder
         that cannot be written, a cell that was run otherwise or is corrupt.
     """
-    check_writable(Path(config.out), "--out")
+    with writing(Path(config.out), "--out"):  # a path that is too long cannot even be looked up
+        check_writable(Path(config.out), "--out")
+    require(config.dtype in ("auto", *DTYPES), f"--dtype {config.dtype}: choose auto, {', '.join(DTYPES)}")
     check_device(device(config), "--device")
 
     @functools.cache
@@ -91,6 +97,7 @@ def prepare(config: EvalConfig) -> list[Run]:
         check_names(cells)
         for folder in cells:
             folder.check()
+    check_results(Path(config.out), "**/*" if config.runs else "*")
     return runs
 
 
@@ -135,12 +142,46 @@ def _load_encoder(
         seed=seed,
     )
     encoder = Encoder(tokenizer, positions, benchmark, suite)
-    for press, _ in suite.cells():
+    if benchmark.kind == "likelihood":
+        _check_likelihood(benchmark, suite)
+    for press, ratio in suite.cells():
         _check_growth(benchmark, press)
-    rows = enumerate(benchmark.rows)
-    for number, _ in heapq.nlargest(LONGEST, rows, key=lambda item: len(item[1]["context"])):
+        _check_questions(benchmark, suite, press, make_press(press, ratio, tokenizer))
+    for number in _extremes(benchmark.rows):
         encoder.encode([number], [])
     return encoder
+
+
+def _extremes(rows: Sequence[dict[str, Any]]) -> set[int]:
+    """Numbers of the rows with the longest contexts, the shortest question and the shortest answer."""
+    numbers = range(len(rows))
+    asked = min(numbers, key=lambda number: len(rows[number]["question"] + rows[number]["answer_prefix"]))
+    answered = min(numbers, key=lambda number: len(rows[number]["answer"]))
+    return {*heapq.nlargest(LONGEST, numbers, key=lambda number: len(rows[number]["context"])), asked, answered}
+
+
+def _check_likelihood(benchmark: Benchmark, suite: Suite) -> None:
+    """Refuse options without a meaning where the text that follows a context is scored, and nothing is written."""
+    for flag in ("max_context_length", "max_new_tokens", "query_aware", "temperature", "num_generations"):
+        value = getattr(suite, flag)
+        require(
+            value == getattr(CellOptions, flag),
+            f"--{flag} {value}: has no meaning for --benchmark {benchmark.name}, which scores the text that follows",
+        )
+    for press, _ in suite.cells():
+        require(
+            not is_decoding(press),
+            f"--presses {press}: evicts while an answer is written, and --benchmark {benchmark.name} has none written",
+        )
+
+
+def _check_questions(benchmark: Benchmark, suite: Suite, name: str, press: BasePress | None) -> None:
+    """Refuse a row without the question that its press is to see."""
+    if press is None or not suite.query_aware or not needs_question(press):
+        return
+    for number, row in enumerate(benchmark.rows):
+        asked = bool(row["question"].strip())
+        require(asked, f"--presses {name}: needs a question, and row {number} of --benchmark {benchmark.name} has none")
 
 
 def _check_growth(benchmark: Benchmark, press: str) -> None:
@@ -168,6 +209,7 @@ def _prepare_run(config: EvalConfig, out: Path, model: RunConfig, base: Base) ->
         "adapter_fingerprint": adapter_fingerprint,
         "dtype": _dtype(config, base.config),
         "seed": config.seed,
+        **{f"{name}_version": installed for name, installed in versions(JUDGES).items() if name in JUDGES},
     }
     jobs = []
     for encoder in base.encoders:

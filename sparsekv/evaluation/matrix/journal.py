@@ -10,6 +10,8 @@ from typing import Any
 from sparsekv.errors import UserError
 
 PATTERN = "journal-*.jsonl"
+COSTS = ("num_tokens", "kv_bytes", "prefill_seconds", "decode_seconds", "peak_memory_bytes", "device")
+KEYS = {"row", "generation", "text", "nll", "kl", *COSTS}  # of a prediction
 
 
 class Journal:
@@ -28,7 +30,7 @@ class Journal:
 
     def files(self) -> list[Path]:
         """The files of all processes."""
-        return sorted(self.folder.glob(PATTERN))
+        return sorted(path for path in self.folder.glob(PATTERN) if not path.is_dir())
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records to this process's file; they are on the disk when this returns."""
@@ -64,9 +66,10 @@ class Journal:
 def _parse(line: bytes, file: Path) -> dict[str, Any]:
     try:
         record = json.loads(line)
-        if not (isinstance(record["row"], int) and isinstance(record["generation"], int)):
+        whole = record.keys() >= KEYS and isinstance(record["kv_bytes"], dict)
+        if not (whole and isinstance(record["row"], int) and isinstance(record["generation"], int)):
             raise TypeError
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         start = line[:40].decode("utf-8", "replace")
         raise UserError(f"{file}: corrupt, {start!r} is no prediction; delete {file.parent} to do it again") from error
     return record

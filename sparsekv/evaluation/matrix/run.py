@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ def evaluate(config: EvalConfig) -> int | None:
             if stop.number is not None:
                 return stop.number
             _end(run)
+        if config.runs:
+            _summarize(Path(config.out))
     _say_state(runs)
     return None
 
@@ -77,8 +80,15 @@ def _end(run: Run) -> None:
         for job in run.jobs:
             job.refresh()
             job.finish()
-        with FileLock(run.out / LOCKS / "summary.lock"):
-            write_summary(run.out)
+    _summarize(run.out)
+
+
+def _summarize(out: Path) -> None:
+    """Write the summary of a folder of cells, or of several such folders: trained runs are compared with their base."""
+    with writing(out, "--out"):
+        (out / LOCKS).mkdir(exist_ok=True)
+        with FileLock(out / LOCKS / "summary.lock"):
+            write_summary(out)
 
 
 def _say_state(runs: Sequence[Run]) -> None:
