@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Put the demo's results between the markers of README.md: `make demo`, then `make readme`."""
+"""Put the headlines of the demo's comparison between the markers of README.md: `make demo`, then `make readme`."""
 
 import re
 import sys
@@ -10,9 +10,12 @@ from sparsekv.files import fill_block
 
 
 def main(results: Path, readme: Path) -> None:
-    """Replace the block; the results' headings become lines in bold, since the README has its own."""
-    body = results.read_text(encoding="utf-8").split("\n", 1)[1]
-    fill_block(readme, "demo", re.sub(r"^#+ (.*)$", r"**\1**", body, flags=re.MULTILINE))
+    """Replace the block by the runs, their headlines and the notes; headings become lines in bold."""
+    title, *parts = results.read_text(encoding="utf-8").strip().split("\n\n")
+    cells = next(place for place, part in enumerate(parts) if re.match("## (?!Headline)", part))
+    notes = max(place for place, part in enumerate(parts) if part.startswith("|")) + 1
+    text = "\n\n".join([*parts[:cells], *parts[notes:]])
+    fill_block(readme, "demo", re.sub(r"^#+ (.*)$", r"**\1**", text, flags=re.MULTILINE))
 
 
 if __name__ == "__main__":
