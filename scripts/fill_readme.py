@@ -11,7 +11,7 @@ from sparsekv.files import fill_block
 
 def main(results: Path, readme: Path) -> None:
     """Replace the block by the runs, their headlines and the notes; headings become lines in bold."""
-    title, *parts = results.read_text(encoding="utf-8").strip().split("\n\n")
+    _, *parts = results.read_text(encoding="utf-8").strip().split("\n\n")
     cells = next(place for place, part in enumerate(parts) if re.match("## (?!Headline)", part))
     notes = max(place for place, part in enumerate(parts) if part.startswith("|")) + 1
     text = "\n\n".join([*parts[:cells], *parts[notes:]])
