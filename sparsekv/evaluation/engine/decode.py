@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv.errors import require
+from sparsekv.evaluation.engine.growing import GrowingAnswers
 from sparsekv.evaluation.engine.padded_cache import PADDED_ATTENTION, PaddedCache
 from sparsekv.evaluation.engine.padded_forward import PaddedForward
 from sparsekv.evaluation.engine.prefill import EvictedCache
@@ -55,8 +56,6 @@ class Row:
 def generate(model: PreTrainedModel, rows: Sequence[Row], stop_ids: Sequence[int], sampler: Sampler) -> list[list[int]]:
     """New tokens of every row, as kvpress's pipeline generates them one row at a time.
 
-    As there, a stop token ends a row from its second token on, and is part of the answer.
-
     Parameters
     ----------
     model : PreTrainedModel
@@ -64,8 +63,7 @@ def generate(model: PreTrainedModel, rows: Sequence[Row], stop_ids: Sequence[int
     stop_ids : sequence of int
     sampler : Sampler
     """
-    answers: list[list[int]] = [[] for _ in rows]
-    done = [False] * len(rows)
+    answers = GrowingAnswers([row.max_new_tokens for row in rows], stop_ids)
     alive = list(range(len(rows)))
     cache, ids, positions = _begin(rows)
     steps = max(row.max_new_tokens for row in rows)
@@ -74,19 +72,16 @@ def generate(model: PreTrainedModel, rows: Sequence[Row], stop_ids: Sequence[int
         forward = PaddedForward(model, cache)
         for step in range(steps):
             tokens = sampler(forward(ids, positions, steps - step), [rows[row].seed for row in alive], step)
-            for row, token in zip(alive, tokens, strict=True):
-                if not done[row]:
-                    answers[row].append(token)
-                    done[row] = (step > 0 and token in stop_ids) or len(answers[row]) == rows[row].max_new_tokens
+            answers.add(alive, tokens)
             ids, positions = torch.tensor(tokens)[:, None], positions[:, -1:] + 1
-            going = [index for index, row in enumerate(alive) if not done[row]]
+            going = [index for index, row in enumerate(alive) if answers.grows(row)]
             if not going:
                 break
             if len(going) <= shrink * len(alive):
                 cache.keep_rows(going)
                 alive, ids, positions = [alive[index] for index in going], ids[going], positions[going]
                 forward = PaddedForward(model, cache)
-    return answers
+    return answers.tokens
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from kvpress import BasePress, CompressionRatioDecodingPress, DecodingPress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from sparsekv.evaluation.engine.growing import GrowingAnswers
 from sparsekv.evaluation.engine.sampling import Sampler
 
 
@@ -68,8 +69,7 @@ def generate_with_press(
         Bytes of one generation's cache at the end.
     """
     cache.batch_repeat_interleave(len(seeds))
-    answers: list[list[int]] = [[] for _ in seeds]
-    done = [False] * len(seeds)
+    answers, rows = GrowingAnswers([max_new_tokens] * len(seeds), stop_ids), range(len(seeds))
     ids = question_ids.expand(len(seeds), -1)
     position = torch.arange(context_length, context_length + ids.shape[1])[None]
     devices = [model.device] if model.device.type == "cuda" else []
@@ -83,12 +83,9 @@ def generate_with_press(
                 logits_to_keep=1,
             ).logits[:, -1]
             tokens = sampler(logits, seeds, step)
-            for index, token in enumerate(tokens):
-                if not done[index]:
-                    answers[index].append(token)
-                    done[index] = step > 0 and token in stop_ids
-            if all(done):
+            answers.add(rows, tokens)
+            if not any(map(answers.grows, rows)):
                 break
             ids, position = torch.tensor(tokens)[:, None], position[:, -1:] + 1
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // len(seeds)
-    return answers, int(position[0, -1]) + 1, held
+    return answers.tokens, int(position[0, -1]) + 1, held
