@@ -13,16 +13,16 @@ from sparsekv.evaluation.engine.work import FULL_CACHE, Cell, ContextWork, Quest
 from sparsekv.models import load_model, load_tokenizer
 from sparsekv.presses import make_press
 
-PRESSES = ("snapkv", "streaming_llm", "critical_snapkv", "adakv_snapkv", "expected_attention", "kvzip", "anchor")
+PRESSES = ("snapkv", "streaming_llm", "critical_snapkv", "adakv_snapkv", "kvzip", "anchor")
 CELLS = (FULL_CACHE, *(Cell(press, ratio) for press in PRESSES for ratio in (0.3, 0.7)))
-NEW_TOKENS = 8
+NEW_TOKENS = 6
 
 
 @pytest.mark.slow
 def test_answers_are_those_of_kvpress():
     model, tokenizer = load_model("smollm2-135m", "float32"), load_tokenizer("smollm2-135m")
     tasks = ("niah_single_2", "qa_1")
-    rows = load_benchmark("ruler-local", tokenizer, context_length=256, tasks=tasks, num_samples=1).rows
+    rows = load_benchmark("ruler-local", tokenizer, context_length=192, tasks=tasks, num_samples=1).rows
     assert {row["task"] for row in rows} == set(tasks)
 
     works = []
