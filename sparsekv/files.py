@@ -23,11 +23,16 @@ def cache_folder() -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text so that a reader, or a crash at any moment, sees the old file or the new one."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash at any moment, sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         readable(Path(temporary))
         os.replace(temporary, path)
     except BaseException:

@@ -2,8 +2,8 @@ import shutil
 
 import pytest
 
-from sparsekv.evaluation.matrix import fingerprint as module
-from sparsekv.evaluation.matrix.fingerprint import fingerprint
+import sparsekv.fingerprint as module
+from sparsekv.fingerprint import fingerprint
 
 TEXTS = (
     "tokenizer.json",

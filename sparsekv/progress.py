@@ -11,24 +11,26 @@ logger = logging.getLogger(__name__)
 EVERY = 60.0  # seconds between lines
 
 
-class AnswersProgress:
-    """Counts answers; a context manager.
+class CountProgress:
+    """Counts what is done; a context manager.
 
     Parameters
     ----------
+    what : str
+        What is counted, in the plural.
     total : int
-        Answers to get.
+        How many there are to do.
     """
 
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._done = what, total, 0
         self._started = self._said = time.monotonic()
-        columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task("answers", total=total)
+        self._task = self._bar.add_task(what, total=total)
 
-    def __enter__(self) -> "AnswersProgress":
+    def __enter__(self) -> "CountProgress":
         self._bar.start()
         return self
 
@@ -36,11 +38,11 @@ class AnswersProgress:
         self._bar.stop()
 
     def advance(self, count: int) -> None:
-        """More answers are known, whoever gave them."""
+        """More are done, whoever did them."""
         self._done += count
         self._bar.update(self._task, completed=self._done)
         now = time.monotonic()
         if self._bar.disable and self._done and now - self._said >= EVERY:
             self._said = now
             left = (now - self._started) / self._done * (self._total - self._done)
-            logger.info("%d of %d answers, %.0f minutes left", self._done, self._total, left / 60)
+            logger.info("%d of %d %s, %.0f minutes left", self._done, self._total, self._what, left / 60)
