@@ -1,0 +1,192 @@
+"""Reading a model's attention while it runs: queries, keys and values at the seam, probabilities block by block.
+
+Nothing here holds [L, L]: `causal_probabilities` yields a few queries at a time, and its reader keeps what it needs.
+Shapes: B batch, H query heads, G key/value heads, L tokens, D head dimension, b queries of a block.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from sparsekv.errors import UserError, require
+
+IMPLEMENTATION = "sparsekv_observed"
+BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}  # probabilities of a block: a CPU's cache; enough work for a GPU
+MIN_BLOCK = 8  # queries, however long the sequence: below, the overhead of a block outweighs its work
+PROBE_TOKENS = 4
+
+# layer index, query [B, H, L, D], key and value [B, G, L, D] (after the rotary embedding), factor on the logits
+Receiver = Callable[[int, Tensor, Tensor, Tensor, float], None]
+
+
+@contextlib.contextmanager
+def observing(model: nn.Module, receive: Receiver) -> Iterator[None]:
+    """Inside, every attention layer of a forward pass calls `receive` and then attends as usual, with SDPA.
+
+    Run `model.get_decoder()` with `use_cache=False` when only the attention is wanted: no logits are made. Contexts
+    nest; the inner one receives. Everything is restored on exit, also after an exception.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+    receive : callable
+        Gets the layer's index, its query [B, H, L, D], key and value [B, G, L, D] and the factor on the logits. The
+        tensors are the model's own: do not change them.
+
+    Raises
+    ------
+    ValueError
+        In the forward pass, where attention is not plain causal: padding, a sliding window, a soft cap, learned sinks.
+    """
+    base: Any = model
+    AttentionInterface.register(IMPLEMENTATION, _observed_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    with contextlib.ExitStack() as stack:
+        stack.callback(base.set_attn_implementation, base.config._attn_implementation)
+        base.set_attn_implementation(IMPLEMENTATION)
+
+        def pass_on(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            return args, {**kwargs, "receive": receive}
+
+        stack.callback(base.get_decoder().register_forward_pre_hook(pass_on, with_kwargs=True).remove)
+        yield
+
+
+def _observed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    receive: Receiver | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls: [B, H, L, D] queries → [B, L, H, D], and no weights."""
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ValueError("attention with a soft cap or learned sinks cannot be observed")
+    if attention_mask is not None:  # SDPA gets none where attention is plain causal
+        raise ValueError("attention with a mask of its own (padding, a sliding window) cannot be observed")
+    if receive is not None:
+        layer: Any = module.layer_idx
+        receive(layer, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
+
+
+def check_observable(model: nn.Module, name: str, length: int) -> None:
+    """Prove with a forward pass of a few tokens that every layer's attention over `length` tokens can be captured.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+    name : str
+        What the user called the model, for the message.
+    length : int
+        Tokens of the sequences that will be observed.
+
+    Raises
+    ------
+    UserError
+        Names `--model` and the reason: no SDPA, layers without attention, a soft cap, learned sinks, a window.
+    """
+    base: Any = model
+    config = base.config.get_text_config()
+    require(getattr(base, "_supports_sdpa", False), f"--model {name}: its attention is not SDPA and cannot be captured")
+    windows = [getattr(config, field, None) for field in ("sliding_window", "attention_chunk_size")]
+    window = min((w for w in windows if w), default=None)
+    sliding = any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or [None])
+    if window is not None and window <= length and sliding:
+        raise UserError(
+            f"--model {name}: has layers that see {window} tokens at most; only full attention over {length} can be "
+            f"observed: sequences must be shorter than {window}"
+        )
+    reports: list[int] = []
+    ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=base.get_input_embeddings().weight.device)
+    try:
+        with torch.no_grad(), observing(model, lambda layer, *_: reports.append(layer)):
+            base.get_decoder()(input_ids=ids, use_cache=False)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--model {name}: {str(error).splitlines()[0]}") from error
+    require(bool(reports), f"--model {name}: its attention does not go through transformers' attention interface")
+    wrong = [str(layer) for layer in range(config.num_hidden_layers) if reports.count(layer) != 1]
+    require(not wrong, f"--model {name}: layers without attention that can be captured: {', '.join(wrong)}")
+
+
+def causal_probabilities(
+    query: Tensor, key: Tensor, scaling: float, block: int | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """Attention probabilities of plain causal attention, a block of queries at a time.
+
+    Parameters
+    ----------
+    query : [B, H, L, D]
+    key : [B, G, L, D]
+        In any dtype; logits are computed in float32.
+    scaling : float
+        Factor on the logits.
+    block : int, optional
+        Queries of a block; by default as many as keep a block's size constant, so that memory does not grow with L².
+
+    Yields
+    ------
+    start : int
+        The block's first query.
+    probabilities : Float32[B, H, b, end]
+        Of the queries start … end − 1 over the keys 0 … end − 1; each row sums to 1, and is 0 after its own query.
+    """
+    batch, heads, length, width = query.shape
+    groups = key.shape[1]
+    if key.shape[2] != length:
+        raise ValueError(f"expected as many keys as queries, got query {tuple(query.shape)}, key {tuple(key.shape)}")
+    elements = BLOCK_ELEMENTS.get(query.device.type, BLOCK_ELEMENTS["cuda"])
+    block = min(length, block or max(MIN_BLOCK, elements // (batch * heads * length)))
+    future = torch.ones(block, block, dtype=torch.bool, device=query.device).triu(1)
+    keys = key.float().transpose(-1, -2)
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        size = end - start
+        rows = (query[:, :, start:end].float() * scaling).reshape(batch, groups, -1, width)  # heads that share a key
+        logits = (rows @ keys[..., :end]).view(batch, heads, size, end)
+        logits[..., start:].masked_fill_(future[:size, :size], -torch.inf)
+        yield start, logits.softmax(-1)
+
+
+def expected_attention(length: int, device: torch.device | str = "cpu") -> Tensor:
+    """Attention that each position would receive if every query spread it evenly over the tokens it sees.
+
+    expected[k] = Σ_{q ≥ k} 1/(q + 1), the exposure that sums are divided by; the sum over k is `length`.
+
+    Returns
+    -------
+    Float64[L]
+    """
+    even = 1 / torch.arange(1, length + 1, dtype=torch.float64, device=device)
+    return even.flip(0).cumsum(0).flip(0)
+
+
+def received_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Attention that each position receives from all queries, as a multiple of its expected attention.
+
+    relative[k] = Σ_{q ≥ k} P[q, k] / expected[k]; uniform causal attention gives 1 everywhere.
+
+    Parameters
+    ----------
+    query : [B, H, L, D]
+    key : [B, G, L, D]
+    scaling : float
+        Factor on the logits.
+
+    Returns
+    -------
+    Float32[B, H, L]
+    """
+    received = query.new_zeros(query.shape[:3], dtype=torch.float32)
+    for start, probabilities in causal_probabilities(query, key, scaling):
+        received[..., : start + probabilities.shape[2]] += probabilities.sum(2)
+    return received / expected_attention(query.shape[2], query.device).float()
