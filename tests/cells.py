@@ -19,6 +19,7 @@ def write_cell(
     model: str = "tiny",
     adapter: str | None = None,
     metrics: Sequence[str] = ("string_match",),
+    answer: str = 'a\n"b", c',
     **settings: Any,
 ) -> Path:
     """A cell whose rows are numbered through `scores`, task by task.
@@ -27,6 +28,8 @@ def write_cell(
     ----------
     scores : mapping
         Task → for each row its score; or a list of scores, one a generation; or a dict of scores by metric.
+    answer : str
+        What was predicted for every row.
     """
     parts = (data[0], data[1], model, press.replace(":", "_"), f"{ratio:.2f}")
     folder = out / "__".join(str(part) for part in parts if part)
@@ -45,7 +48,7 @@ def write_cell(
             for generation, score in enumerate(given if isinstance(given, list) else [given]):
                 by_metric = score if isinstance(score, dict) else {metrics[0]: score}
                 named = {f"score:{name}": value for name, value in by_metric.items()}
-                table.writerow(dict(zip(columns, (row, generation, task, 'a\n"b", c'), strict=False)) | named)
+                table.writerow(dict(zip(columns, (row, generation, task, answer), strict=False)) | named)
     (folder / "metrics.json").write_text("{}")
     (folder / "profile.json").write_text(json.dumps({"commit": "abc1234"}))
     return folder

@@ -66,6 +66,18 @@ def make_tiny(name: str, **changes) -> PreTrainedModel:
         return model_class(config).to(torch.float32).eval()
 
 
+def make_sharp(name: str, **changes) -> PreTrainedModel:
+    """A tiny model whose attention is far from even, and whose values differ in length."""
+    model = make_tiny(name, **changes)
+    with torch.no_grad():
+        for layer in model.get_decoder().layers:
+            normed = hasattr(layer.self_attn, "q_norm")
+            sharpened = layer.self_attn.q_norm if normed else layer.self_attn.q_proj
+            sharpened.weight *= 6 if normed else 200
+            layer.self_attn.v_proj.weight[:, :20] *= 10
+    return model
+
+
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of `VOCAB_SIZE` ids, learned from the language reference that CPython carries."""
     tokenizer = Tokenizer(models.BPE())

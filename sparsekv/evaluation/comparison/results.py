@@ -135,10 +135,8 @@ def _load_cell(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
 def _describe(config: dict[str, Any]) -> dict[str, Any]:
     """A cell's row of `Results.cells`, as far as config.yaml tells."""
     settings = config["sparsekv"]
-    # A press that is shown the question has another task, with a full cache of its own.
-    seen = " (query-aware)" if settings.get("query_aware") else ""
     return {
-        "benchmark": f"{config['dataset']}{seen}",
+        "benchmark": benchmark_label(config),
         "data_dir": str(config.get("data_dir") or ""),
         "model": str(settings["model"]),
         "adapter": str(settings.get("adapter") or ""),
@@ -148,6 +146,12 @@ def _describe(config: dict[str, Any]) -> dict[str, Any]:
         "lower_is_better": frozenset(settings.get("lower_is_better") or ()),
         "settings": {**settings, "max_new_tokens": config.get("max_new_tokens")},
     }
+
+
+def benchmark_label(config: dict[str, Any]) -> str:
+    """The benchmark's name; one whose presses are shown the question is another, with a full cache of its own."""
+    seen = " (query-aware)" if config["sparsekv"].get("query_aware") else ""
+    return f"{config['dataset']}{seen}"
 
 
 def _load_scores(file: Path) -> pd.DataFrame:

@@ -48,10 +48,14 @@ def markdown(title: str, analyses: Sequence[Analysis]) -> str:
     for analysis in analyses:
         parts += ["\n".join(f"- {line}" for line in describe(analysis))]
         for table in report(analysis):
-            lines = [table.header, ["---"] * len(table.header), *table.rows]
-            body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-            parts += [f"## {table.title}", body]
+            parts += [f"## {table.title}", markdown_table(table.header, table.rows)]
     return "\n\n".join([*parts, NOTES.replace("\n", "\n\n")]) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, its cells as they are."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def show(analyses: Sequence[Analysis], console: Console) -> None:
@@ -81,13 +85,10 @@ def describe(analysis: Analysis) -> list[str]:
 
 def report(analysis: Analysis) -> Iterator[Table]:
     """The headline, every benchmark's cells and tasks, and the cells that have no score."""
-    summary, headline, role = analysis
+    yield from headlines(analysis).values()
+    summary, _, role = analysis
     scored, unscored = summary[summary.reason == ""], summary[summary.reason != ""]
     averages, tasks = scored[scored.task == ALL_TASKS], scored[scored.task != ALL_TASKS]
-    if not headline.empty:
-        overall = headline[(headline.task == ALL_TASKS) & headline.headline]
-        for _, runs in overall.groupby(["benchmark", "data_dir"]):
-            yield _headline(runs, averages)
     for _, table in averages.groupby(["benchmark", "data_dir", "metric"], sort=False):
         yield _cells(table, role)
     tasks = tasks[tasks.headline & (tasks.run == role)]
@@ -96,8 +97,18 @@ def report(analysis: Analysis) -> Iterator[Table]:
         if table.groupby(["data_dir", "task"]).ngroups > 1:
             yield _tasks(" ".join(filter(None, [f"Single tasks of {role}:", benchmark, within])), table)
     if not unscored.empty:
-        rows = [[row["run"], _data(row), _cell(row), row["reason"]] for row in unscored.to_dict("records")]
+        rows = [[row["run"], benchmark_name(row), cell_name(row), row["reason"]] for row in unscored.to_dict("records")]
         yield Table("Cells without a score", ["run", "benchmark", "press, evicted", "why"], rows)
+
+
+def headlines(analysis: Analysis) -> dict[tuple[str, str], Table]:
+    """(benchmark, data_dir) → a table with a column for each run."""
+    summary, headline, _ = analysis
+    if headline.empty:
+        return {}
+    averages = summary[(summary.reason == "") & (summary.task == ALL_TASKS)]
+    overall = headline[(headline.task == ALL_TASKS) & headline.headline]
+    return {place: _headline(runs, averages) for place, runs in overall.groupby(["benchmark", "data_dir"])}
 
 
 def _headline(runs: pd.DataFrame, averages: pd.DataFrame) -> Table:
@@ -111,12 +122,12 @@ def _headline(runs: pd.DataFrame, averages: pd.DataFrame) -> Table:
     names += ["share of base's gap closed"] if others else []
     columns = []
     for run in runs.to_dict("records"):
-        figures = [_figure(run, "full", _form(run)), _figure(run, "retention", "{:.1%}")]
+        figures = [figure_text(run, "full", score_form(run)), figure_text(run, "retention", "{:.1%}")]
         for role in others:
-            figures += [_difference(full.get(run["run"], {}), role), _counted(run, role)]
-        figures += [run["note"] or _figure(run, "gap_closed", "{:.0%}")] if others else []
+            figures += [difference_text(full.get(run["run"], {}), role), _counted(run, role)]
+        figures += [run["note"] or figure_text(run, "gap_closed", "{:.0%}")] if others else []
         columns.append(figures)
-    title = f"Headline of {_data(first)}: {first.metric} (n = {first.n})"
+    title = f"Headline of {benchmark_name(first)}: {first.metric} (n = {first.n})"
     return Table(title, ["", *runs.run], [list(row) for row in zip(names, *columns, strict=True)])
 
 
@@ -138,36 +149,43 @@ def _cells(table: pd.DataFrame, role: str) -> Table:
     for _, group in table.groupby([table.press != NO_PRESS, "press", "compression_ratio"]):
         runs = {row["run"]: row for row in group.to_dict("records")}
         scores = [_score(runs[run], alone=len(roles) == 1) if run in runs else NONE for run in roles]
-        line = [_cell(group.iloc[0]), *scores]
+        line = [cell_name(group.iloc[0]), *scores]
         for other in others:
             row = runs.get(role, {})
-            line += [_difference(row, other), _p_value(row, other)]
+            line += [difference_text(row, other), p_text(row, other)]
         rows.append(line)
     less = ", lower is better" if first.lower_is_better else ""
-    return Table(f"{_data(first)}, {first.task}: {first.metric}{less} (n = {first.n})", header, rows)
+    return Table(f"{benchmark_name(first)}, {first.task}: {first.metric}{less} (n = {first.n})", header, rows)
 
 
 def _tasks(title: str, table: pd.DataFrame) -> Table:
     """A row for each press and ratio, a column for each task."""
-    same = (table.data_dir == table.task) | (table.groupby("task").data_dir.transform("nunique") == 1)
-    table = table.assign(column=table.task.where(same, table.data_dir + " " + table.task))
+    table = table.assign(column=task_names(table))
     sizes = table.groupby("column", sort=False).n.first()
     rows = []
     for _, group in table.groupby([table.press != NO_PRESS, "press", "compression_ratio"]):
-        found = {row["column"]: _form(row).format(row["score"]) for row in group.to_dict("records")}
-        rows.append([_cell(group.iloc[0]), *(found.get(name, NONE) for name in sizes.index)])
+        found = {row["column"]: score_form(row).format(row["score"]) for row in group.to_dict("records")}
+        rows.append([cell_name(group.iloc[0]), *(found.get(name, NONE) for name in sizes.index)])
     return Table(title, ["press, evicted", *(f"{name} (n = {n})" for name, n in sizes.items())], rows)
 
 
-def _data(row: Mapping[str, Any]) -> str:
+def task_names(table: pd.DataFrame) -> pd.Series:
+    """For each row the name of its task within the benchmark: with the data_dir where that tells tasks apart."""
+    alone = (table.data_dir == table.task) | (table.groupby("task").data_dir.transform("nunique") == 1)
+    return table.task.where(alone, table.data_dir + " " + table.task)
+
+
+def benchmark_name(row: Mapping[str, Any]) -> str:
+    """`ruler-local 4096`."""
     return " ".join(filter(None, [row["benchmark"], row["data_dir"]]))
 
 
-def _cell(row: Mapping[str, Any]) -> str:
+def cell_name(row: Mapping[str, Any]) -> str:
+    """`snapkv, 50%`."""
     return "full cache" if row["press"] == NO_PRESS else f"{row['press']}, {row['compression_ratio']:.0%}"
 
 
-def _form(row: Mapping[str, Any], sign: str = "") -> str:
+def score_form(row: Mapping[str, Any], sign: str = "") -> str:
     """How a score is written: percent with one decimal, nats with three."""
     return f"{{:{sign}.3f}}" if row["lower_is_better"] else f"{{:{sign}.1f}}"
 
@@ -175,22 +193,22 @@ def _form(row: Mapping[str, Any], sign: str = "") -> str:
 def _score(row: Mapping[str, Any], alone: bool) -> str:
     """`62.1 [50.0, 73.0], 81.0% [71.6%, 88.0%]` of a run that stands alone; beside others, without the intervals."""
     shown = row if alone else {"score": row["score"], "retention": row["retention"]}
-    return f"{_figure(shown, 'score', _form(row), 'ci')}, {_figure(shown, 'retention', '{:.1%}')}"
+    return f"{figure_text(shown, 'score', score_form(row), 'ci')}, {figure_text(shown, 'retention', '{:.1%}')}"
 
 
-def _difference(row: Mapping[str, Any], role: str) -> str:
+def difference_text(row: Mapping[str, Any], role: str) -> str:
     """`▲ +2.1 [+0.3, +4.0]`."""
     if pd.isna(row.get(f"diff_{role}")):
         return NONE
-    return f"{SYMBOLS[row[f'verdict_{role}']]} {_figure(row, f'diff_{role}', _form(row, '+'))}"
+    return f"{SYMBOLS[row[f'verdict_{role}']]} {figure_text(row, f'diff_{role}', score_form(row, '+'))}"
 
 
-def _p_value(row: Mapping[str, Any], role: str) -> str:
+def p_text(row: Mapping[str, Any], role: str) -> str:
     p = row.get(f"p_{role}", np.nan)
     return NONE if pd.isna(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _figure(row: Mapping[str, Any], name: str, form: str, bounds: str = "") -> str:
+def figure_text(row: Mapping[str, Any], name: str, form: str, bounds: str = "") -> str:
     """A value with its interval, as far as they are known."""
     value, low, high = (row.get(key, np.nan) for key in (name, f"{bounds or name}_low", f"{bounds or name}_high"))
     if pd.isna(value):

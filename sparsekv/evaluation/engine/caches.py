@@ -63,7 +63,7 @@ class CacheMaker:
                 outcome[cell] = error
         for eager, presses in shared.items():
             if presses:
-                with _eager_attention(self.model, eager):
+                with eager_attention(self.model, eager):
                     outcome |= prefill_shared(self.model, work.ids, presses, self.seed)
         return outcome
 
@@ -84,7 +84,7 @@ class CacheMaker:
 
 
 @contextlib.contextmanager
-def _eager_attention(model: PreTrainedModel, eager: bool) -> Iterator[None]:
+def eager_attention(model: PreTrainedModel, eager: bool) -> Iterator[None]:
     """Inside, the model hands out its attention weights, if `eager`."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager" if eager else before)

@@ -40,14 +40,14 @@ def encode_prompt(
     -------
     Long[1, C], list of Long[1, Q]
     """
-    opened, after = _open_turn(tokenizer, context, chat_template, enable_thinking)
+    opened, after = open_turn(tokenizer, context, chat_template, enable_thinking)
     return (
         _encode(tokenizer, opened),
         [_encode(tokenizer, question + after + answer_prefix) for question in questions],
     )
 
 
-def _open_turn(
+def open_turn(
     tokenizer: PreTrainedTokenizerBase, context: str, chat_template: bool, enable_thinking: bool
 ) -> tuple[str, str]:
     """The text up to the end of the context, and what stands between a question and its answer."""

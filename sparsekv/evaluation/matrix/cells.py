@@ -183,6 +183,17 @@ def cell_name(config: Mapping[str, Any]) -> str:
         f"{ratio:.2f}" if round(ratio, 2) == ratio else str(ratio),
         "query_aware" if config["query_aware"] else None,
     )
+    return join_names(parts)
+
+
+def matrix_name(config: Mapping[str, Any]) -> str:
+    """The part of a cell's name that all presses on one benchmark and model share."""
+    query_aware = "query_aware" if config["query_aware"] else None
+    return join_names((config["dataset"], config["data_dir"], config["model"], query_aware))
+
+
+def join_names(parts: Iterable[object]) -> str:
+    """`a__b__c`, fit for the name of a file or folder; without what is empty."""
     return "__".join(str(part).replace("/", "--") for part in parts if part)
 
 

@@ -158,6 +158,8 @@ class EvalConfig(CellOptions):
         Memory for caches in GiB; default: from what is free.
     seed
         Of the rows that are drawn, presses that draw, and sampling.
+    view_tokens
+        Longest context that is kept for the report's token viewer; 0: none.
     shard
         i/n: do every n-th part of the work, from the i-th on, counting from 0; default: by process under accelerate.
     trust_remote_code
@@ -175,6 +177,7 @@ class EvalConfig(CellOptions):
     device: str | None = None
     memory_budget_gib: float | None = None
     seed: int = 0
+    view_tokens: int = 2048
     shard: str | None = None
     trust_remote_code: bool = False
 
@@ -193,6 +196,7 @@ class EvalConfig(CellOptions):
         budget = self.memory_budget_gib
         require(budget is None or 0 < budget < math.inf, f"--memory_budget_gib {budget}: must be above 0")
         require(0 <= self.seed < 2**32, f"--seed {self.seed}: must be at least 0 and below 2**32")
+        require(self.view_tokens >= 0, f"--view_tokens {self.view_tokens}: must be at least 0")
         self.share()
         self.suites()
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsekv.errors import require
 from sparsekv.evaluation.benchmarks.schema import Benchmark
-from sparsekv.evaluation.engine.prompts import encode_prompt
+from sparsekv.evaluation.engine.prompts import encode_prompt, open_turn
 from sparsekv.evaluation.engine.work import Cell, ContextWork, Question
 from sparsekv.evaluation.matrix.config import Suite
 
@@ -55,6 +55,12 @@ class Encoder:
         for question in work.questions:
             self._check(work.ids.shape[1], question)
         return work
+
+    def context_text(self, number: int) -> str:
+        """The text whose tokens are the row's context, unless they are cut: with what the template puts before it."""
+        row = self.benchmark.rows[number]
+        context = row["context"] + (row["question"] if self.suite.query_aware else "")
+        return open_turn(self.tokenizer, context, self.suite.chat_template, self.suite.enable_thinking)[0]
 
     def _check(self, context: int, question: Question) -> None:
         where = f"--benchmark {self.benchmark.name}: row {question.row}"

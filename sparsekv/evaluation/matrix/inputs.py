@@ -22,9 +22,9 @@ from sparsekv.evaluation.engine.work import NO_PRESS, Cell
 from sparsekv.evaluation.matrix.cells import CellFolder, check_names
 from sparsekv.evaluation.matrix.config import CellOptions, EvalConfig, RunConfig, Suite, split
 from sparsekv.evaluation.matrix.encode import Encoder
-from sparsekv.evaluation.matrix.fingerprint import fingerprint
 from sparsekv.evaluation.matrix.jobs import Job
 from sparsekv.files import check_writable, writing
+from sparsekv.fingerprint import fingerprint
 from sparsekv.models import DTYPES, check_adapter, check_device, load_config, load_tokenizer, resolve_model
 from sparsekv.presses import PRESSES, is_decoding, make_press, needs_question
 from sparsekv.version import versions

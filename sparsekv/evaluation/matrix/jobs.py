@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from sparsekv.evaluation.engine.work import Answer, Cell, ContextWork, Failure
-from sparsekv.evaluation.matrix.cells import LOCKS, CellFolder
+from sparsekv.evaluation.matrix.cells import LOCKS, CellFolder, matrix_name
 from sparsekv.evaluation.matrix.encode import Encoder
 
 MOST_CONTEXTS = 32  # of a portion: enough to fill a batch
@@ -46,6 +46,11 @@ class Job:
         contexts = self.encoder.contexts()
         size = max(1, min(MOST_CONTEXTS, len(contexts) // PORTIONS))
         self.portions = [contexts[start : start + size] for start in range(0, len(contexts), size)]
+
+    @property
+    def file_name(self) -> str:
+        """Begins the names of files about the benchmark: the part of its cells' names that they share."""
+        return matrix_name(next(iter(self.cells.values())).config)
 
     @property
     def name(self) -> str:

@@ -21,9 +21,11 @@ from sparsekv.evaluation.matrix.cells import LOCKS
 from sparsekv.evaluation.matrix.config import EvalConfig
 from sparsekv.evaluation.matrix.inputs import Run, device, prepare
 from sparsekv.evaluation.matrix.jobs import Job
-from sparsekv.evaluation.matrix.progress import AnswersProgress
+from sparsekv.evaluation.matrix.needles import write_needles
+from sparsekv.evaluation.matrix.view_maker import keep_view
 from sparsekv.files import writing
 from sparsekv.models import load_adapter, load_model
+from sparsekv.progress import CountProgress
 from sparsekv.signals import StopSignal
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ def evaluate(config: EvalConfig) -> int | None:
     index, count = config.share()
     shares = [[(job, portion) for job in run.jobs for portion in range(len(job.portions))] for run in runs]
     total = sum(job.missing(portion) for share in shares for job, portion in share[index::count])
-    with StopSignal() as stop, AnswersProgress(total) as progress:
+    with StopSignal() as stop, CountProgress("answers", total) as progress:
         for run, share in zip(runs, shares, strict=True):
             _begin(run)
             Worker(config, run, stop, progress).work(share[index::count])
@@ -75,11 +77,12 @@ def _begin(run: Run) -> None:
 
 
 def _end(run: Run) -> None:
-    """Finish cells that were complete before, and write the summary."""
+    """Finish cells that were complete before, and write the needles and the summary."""
     with writing(run.out, "--out"):
         for job in run.jobs:
             job.refresh()
             job.finish()
+            write_needles(job)
     _summarize(run.out)
 
 
@@ -103,7 +106,7 @@ def _say_state(runs: Sequence[Run]) -> None:
 
 
 class Worker:
-    """Works on one model; it is loaded when the first answer is missing.
+    """Works on one model; it is loaded when the first answer, or view, is missing.
 
     Parameters
     ----------
@@ -111,10 +114,10 @@ class Worker:
     run : Run
     stop : StopSignal
         Looked at after every batch.
-    progress : AnswersProgress
+    progress : CountProgress
     """
 
-    def __init__(self, config: EvalConfig, run: Run, stop: StopSignal, progress: AnswersProgress) -> None:
+    def __init__(self, config: EvalConfig, run: Run, stop: StopSignal, progress: CountProgress) -> None:
         self.config, self.run, self.stop, self.progress = config, run, stop, progress
         self._model: Any = None
         self._engines: dict[int, Engine] = {}
@@ -135,19 +138,31 @@ class Worker:
                     return
             with writing(self.run.out, "--out"):
                 job.finish()
-        self._model, self._engines = None, {}
+        self._keep_views()
+        self._model = None
         gc.collect()
         torch.cuda.empty_cache()
 
+    def _keep_views(self) -> None:
+        """Keep a context of each benchmark as the presses see it, for the report."""
+        self._engines = {}
+        for job in self.run.jobs:
+            if self.stop.number is None:
+                keep_view(job, self.config.view_tokens, self._loaded, self.config.seed)
+
     def _engine(self, job: Job) -> Engine:
-        if self._model is None:
-            self._model = self._load()
+        model = self._loaded()
         if id(job) not in self._engines:
             suite, budget = job.encoder.suite, self.config.memory_budget_gib
             sampling = Sampling(suite.temperature, suite.top_p, suite.top_k, suite.num_generations, self.config.seed)
             budget_bytes = None if budget is None else int(budget * GIB)
-            self._engines[id(job)] = Engine(self._model, self.run.tokenizer, budget_bytes, sampling)
+            self._engines[id(job)] = Engine(model, self.run.tokenizer, budget_bytes, sampling)
         return self._engines[id(job)]
+
+    def _loaded(self) -> Any:
+        if self._model is None:
+            self._model = self._load()
+        return self._model
 
     def _load(self) -> Any:
         if torch.cuda.is_available():
