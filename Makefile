@@ -23,7 +23,9 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# tests/browser opens the report in a real browser.
 test: lint
+	scripts/install_browser.sh
 	$(BIN)/pytest
 
 format: .venv/ready

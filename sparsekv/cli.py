@@ -1,5 +1,6 @@
 """The command line: one thin command a phase. Bad input ends with one line and status 2."""
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -42,23 +43,33 @@ class MergeConfig:
 COMMANDS = {
     "train": ("Eviction-invariant training: from text to an adapter.", "sparsekv.training.config:TrainConfig"),
     "eval": ("The press × ratio matrix: what eviction costs a model.", "sparsekv.evaluation.matrix.config:EvalConfig"),
+    "analyze": (
+        "What a model attends to, by token class, position, layer and head.",
+        "sparsekv.analysis.config:AnalysisConfig",
+    ),
     "compare": ("Results of base, control and trained side by side: what training changed.", None),
+    "report": ("A page of pictures and tables of what was found: one HTML file.", None),
     "merge": ("Merge an adapter into its base model.", "sparsekv.cli:MergeConfig"),
     "demo": ("Train a small real model here and compare base, control and trained.", "sparsekv.demo:DemoConfig"),
 }
 
 
 def make_parser(commands: Iterable[str] = COMMANDS) -> ArgumentParser:
-    """`sparsekv train | eval | compare | merge | demo`; only the commands named know their options."""
+    """`sparsekv train | eval | … | demo`; only the commands named know their options."""
     about = "Train language models so that evicting their KV cache costs little."
     parser = ArgumentParser(prog="sparsekv", description=about, exit_on_error=False)
     subcommands = parser.add_subcommands(metavar="command", dest="command")
     for name, (summary, schema) in COMMANDS.items():
         command = ArgumentParser(description=summary, exit_on_error=False)
-        if schema is None:
+        if name == "compare":
             command.add_argument("folders", nargs="+", help="Results of the base, a control if any, the trained model.")
             command.add_argument("--output", type=str, help="Folder for compare.md and compare.csv.")
-        elif name in commands:
+        elif name == "report":
+            command.add_argument("results", nargs="+", help="Folders of eval, train, analyze or demo.")
+            command.add_argument("--out", type=str, default="report.html", help="The page to write.")
+            command.add_argument("--figures", action="store_true", help="Also every chart as PNG, SVG and CSV.")
+            command.add_argument("--latex", action="store_true", help="Also every table as LaTeX and Markdown.")
+        elif schema and name in commands:
             command.add_argument("--config", action=ActionConfigFile, help="YAML file of options; flags win.")
             command.add_class_arguments(resolve_name(schema), as_group=False, fail_untyped=True)
         subcommands.add_subcommand(name, command, help=summary)
@@ -81,14 +92,22 @@ def run(name: str, values: dict[str, Any]) -> int:
         from sparsekv.evaluation.matrix.config import EvalConfig
         from sparsekv.evaluation.matrix.run import evaluate
 
-        stopped = evaluate(EvalConfig(**values))
-        if stopped is not None:
-            print("stopped; the same command continues", file=sys.stderr)
-            return 128 + stopped
+        return continued_later(evaluate(EvalConfig(**values)))
+    elif name == "analyze":
+        from sparsekv.analysis.config import AnalysisConfig
+        from sparsekv.analysis.run import analyze
+
+        return continued_later(analyze(AnalysisConfig(**values)))
     elif name == "compare":
         from sparsekv.evaluation.comparison.compare import compare
 
         compare(values["folders"], values["output"])
+    elif name == "report":
+        from sparsekv.report.config import ReportConfig
+        from sparsekv.report.run import report
+
+        for path in report(ReportConfig(**values)):
+            print(path)
     elif name == "merge":
         from sparsekv.models import merge_adapter
 
@@ -101,6 +120,14 @@ def run(name: str, values: dict[str, Any]) -> int:
             print("stopped; the same command continues", file=sys.stderr)
             return STOPPED
     return 0
+
+
+def continued_later(stopped: int | None) -> int:
+    """The exit status of a command that a signal may have stopped."""
+    if stopped is None:
+        return 0
+    print("stopped; the same command continues", file=sys.stderr)
+    return 128 + stopped
 
 
 def spell_out_switches(arguments: Sequence[str]) -> list[str]:
@@ -124,24 +151,52 @@ def _switches(schema: type, prefix: str = "--") -> Iterator[str]:
 
 
 def files_first(arguments: Sequence[str]) -> list[str]:
-    """`train … --config FILE` → `train --config FILE …`: flags win wherever they stand."""
-    files: list[str] = []
-    others: list[str] = []
+    """`train … --config=FILE` → `train --config FILE …`: flags win wherever they stand, and --anchors over --config."""
+    groups: dict[str, list[str]] = {"--config": [], "--anchors": [], "": []}
+    awaited = ""  # the option whose file comes next
     for argument in arguments[1:]:
-        is_file = argument == "--config" or argument.startswith("--config=") or files[-1:] == ["--config"]
-        (files if is_file else others).append(argument)
-    return [*arguments[:1], *files, *others]
+        flag, *file = argument.split("=", 1)
+        if not awaited and flag in groups:
+            groups[flag] += [flag, *file]
+            awaited = "" if file else flag
+        else:
+            groups[awaited].append(argument)
+            awaited = ""
+    return [*arguments[:1], *itertools.chain(*groups.values())]
+
+
+@contextlib.contextmanager
+def reading(flag: str) -> Iterator[None]:
+    """Inside, what makes a file of options unreadable becomes one line."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag}: the file is not UTF-8 text") from error
+    except RecursionError as error:
+        raise UserError(f"{flag}: the file is nested too deeply, or holds itself") from error
+
+
+def check_anchors(file: str) -> None:
+    """Raise UserError, naming the file, unless it holds an AnchorConfig: the error within says an option only."""
+    config = resolve_name("sparsekv.anchors:AnchorConfig")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config, as_group=False)
+    with reading(f"--anchors {file}"):
+        try:
+            config(**parser.parse_path(file).as_dict())
+        except (ArgumentError, TypeError, UserError) as error:  # TypeError: no such file
+            raise UserError(f"--anchors {file}: {one_line(error).removeprefix('--config: ')}") from error
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The command and the values of its options."""
     parser = make_parser(arguments[:1])
-    try:
-        options = parser.parse_args(files_first(spell_out_switches(arguments)))
-    except UnicodeDecodeError as error:
-        raise UserError("--config: the file is not UTF-8 text") from error
-    except RecursionError as error:
-        raise UserError("--config: the file is nested too deeply, or holds itself") from error
+    words = files_first(spell_out_switches(arguments))
+    for flag, value in itertools.pairwise(words):
+        if flag == "--anchors" and not value.startswith("{"):
+            check_anchors(value)
+    with reading("--config"):
+        options = parser.parse_args(words)
     values = parser.instantiate(options)[options.command].as_dict()
     values.pop("config", None)
     return options.command, values

@@ -1,7 +1,7 @@
 """`sparsekv demo`: the whole idea on a small real model, on any machine, in minutes.
 
-Trains a control and an eviction-invariant adapter on the same data, then compares base, control and trained with the
-full cache and with caches that presses have evicted.
+Trains a control and an eviction-invariant adapter on the same data, compares base, control and trained with the full
+cache and with caches that presses have evicted, looks at the attention before and after, and makes a page of it all.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,14 @@ import torch
 from datasets import disable_progress_bars
 from rich.console import Console
 
+from sparsekv.analysis.config import AnalysisConfig
+from sparsekv.analysis.run import analyze
 from sparsekv.errors import UserError
 from sparsekv.evaluation.comparison.compare import compare
 from sparsekv.evaluation.matrix.config import EvalConfig, RunConfig
 from sparsekv.evaluation.matrix.run import evaluate
+from sparsekv.report.config import ReportConfig
+from sparsekv.report.run import report
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.output import FINAL
 from sparsekv.training.run import train
@@ -24,6 +28,7 @@ PRESSES = ("snapkv", "streaming_llm", "knorm", "keydiff")
 RATIO = 0.5
 NEEDLE = "niah_single_2"  # a number hidden in natural text
 TRAINING_ROW = 320
+ANALYZED_ROWS = 6
 
 
 @dataclass
@@ -64,7 +69,7 @@ class DemoConfig:
 
 
 def demo(config: DemoConfig) -> bool:
-    """Train, evaluate, print the comparison and write it as `compare.md` and `.csv`; False when a signal stopped it."""
+    """Train, evaluate, compare, analyze and report, all into one folder; False when a signal stopped it."""
     disable_progress_bars()
     console = Console()
     out = Path(config.output_dir)
@@ -79,7 +84,12 @@ def demo(config: DemoConfig) -> bool:
     if evaluate(matrix) is not None:
         return False
     compare([str(folder) for folder in matrix.folders()], str(out))
-    console.print(f"written: {out / 'compare.md'}")
+    console.rule("analyzing the attention: base, trained")
+    if analyze(analysis_config(config, out)) is not None:
+        return False
+    console.rule("written")
+    for path in (out / "compare.md", *report(ReportConfig([str(out)], str(out / "report.html"), figures=True))):
+        console.print(str(path), highlight=False)
     return True
 
 
@@ -126,5 +136,18 @@ def evaluation_config(config: DemoConfig, out: Path) -> EvalConfig:
         ratios=RATIO,
         out=str(out / "evaluation"),
         dtype=fastest_dtype(),
+        seed=config.seed,
+    )
+
+
+def analysis_config(config: DemoConfig, out: Path) -> AnalysisConfig:
+    """The trained adapter's attention, and what it was before."""
+    return AnalysisConfig(
+        model=config.model,
+        adapter=str(out / "trained" / FINAL),
+        num_samples=ANALYZED_ROWS,
+        max_len=config.context_length,
+        output_dir=str(out / "attention"),
+        bf16=fastest_dtype() == "bfloat16",
         seed=config.seed,
     )

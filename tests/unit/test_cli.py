@@ -17,6 +17,8 @@ from sparsekv import cli
 from sparsekv.cli import main, make_parser
 from sparsekv.evaluation.matrix.config import EvalConfig, RunConfig
 from sparsekv.presses import is_decoding, make_press
+from sparsekv.report.config import ReportConfig
+from sparsekv.training.anchor import AnchorConfig
 from sparsekv.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +129,48 @@ def test_flags_beat_the_file(tmp_path, train_values):
     ):
         found = train_values(*arguments)
         assert (found.seed, found.anchors.sink_size, found.anchors.recent_size, found.lr) == (6, 8, 9, 0.001)
+
+
+def test_anchors_from_a_file(tmp_path, train_values):
+    """Single flags win over it wherever they stand, and it wins over --config, which may name it too."""
+    (tmp_path / "anchors.yaml").write_text("# why\nsink_size: 7\nuse_punctuation: false\n")
+    (tmp_path / "run.yaml").write_text("anchors: {sink_size: 1, recent_size: 2}\n")
+    (tmp_path / "naming.yaml").write_text("anchors: anchors.yaml\n")
+    required = ["--model", "m", "--output_dir", "o"]
+    file, config = ["--anchors", str(tmp_path / "anchors.yaml")], ["--config", str(tmp_path / "run.yaml")]
+    for arguments, wanted in (
+        (file, AnchorConfig(use_punctuation=False, sink_size=7)),
+        ([f"--anchors={file[1]}"], AnchorConfig(use_punctuation=False, sink_size=7)),
+        ([*file, "--anchors.sink_size", "8"], AnchorConfig(use_punctuation=False, sink_size=8)),
+        (["--anchors.sink_size=8", *file], AnchorConfig(use_punctuation=False, sink_size=8)),
+        ([*file, *config], AnchorConfig(use_punctuation=False, sink_size=7, recent_size=2)),
+        (["--config", str(tmp_path / "naming.yaml")], AnchorConfig(use_punctuation=False, sink_size=7)),
+    ):
+        assert train_values(*required, *arguments).anchors == wanted, arguments
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"sink_sise: 7", "sink_sise"),
+        (b"sink_size: few", "sink_size"),
+        (b"sink_size: -1", "--anchors.sink_size -1"),
+        (b"sink_size: [", "parsing"),
+        (b"- a list", "no options"),
+        (b"", "no options"),
+        (b"extra_punctuation: \xc6", "not UTF-8"),
+        (b"a: &a [*a]", "nested too deeply"),
+        (None, "not exist"),
+    ],
+)
+def test_a_bad_file_of_anchors_is_named(tmp_path, capsys, content, said):
+    file = tmp_path / "anchors.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    line = failure(capsys, "train", "--model", "m", "--output_dir", str(tmp_path / "out"), "--anchors", str(file))
+    assert line.startswith(f"sparsekv: --anchors {file}: ")
+    assert said in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_flags_that_scripts_rely_on(train_values):
@@ -336,6 +380,20 @@ def test_interrupted_before_there_is_anything_to_keep(monkeypatch, capsys):
         main(["eval", *EVAL])
     assert ended.value.code == 130
     assert messages(capsys.readouterr().err) == []
+
+
+def test_report(monkeypatch, capsys, tmp_path):
+    out = str(tmp_path / "r.html")
+    assert "results" in failure(capsys, "report")
+    assert "nowhere: no such folder" in failure(capsys, "report", "nowhere", "--out", out)
+    assert "r.txt: name a file that ends with .html" in failure(capsys, "report", "nowhere", "--out", "r.txt")
+    seen = []
+    monkeypatch.setattr("sparsekv.report.run.report", lambda config: seen.append(config) or ["page", "folder"])
+    with pytest.raises(SystemExit) as ended:
+        main(["report", "--figures", "a", "b", "--out", out])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == "page\nfolder\n"
+    assert seen == [ReportConfig(["a", "b"], out, figures=True)]
 
 
 def test_compare(monkeypatch, capsys, tmp_path):

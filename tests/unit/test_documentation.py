@@ -2,26 +2,35 @@
 
 import ast
 import dataclasses
+import gzip
+import json
 import re
 import shlex
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from tiny import make_tiny, make_tiny_tokenizer
 
 from sparsekv import cli, models
+from sparsekv.analysis.columns import CLASSES
+from sparsekv.analysis.config import AnalysisConfig
+from sparsekv.analysis.head_statistics import HeadStatistics
 from sparsekv.demo import DemoConfig
 from sparsekv.evaluation.benchmarks.files import file_rows
 from sparsekv.evaluation.benchmarks.registry import BENCHMARKS
 from sparsekv.evaluation.benchmarks.scoring.by_column import METRICS
 from sparsekv.evaluation.matrix.config import EvalConfig
+from sparsekv.evaluation.matrix.needles import COLUMNS
 from sparsekv.evaluation.matrix.predictions import profile
+from sparsekv.evaluation.matrix.views import SCHEMA_VERSION, View, save_view
 from sparsekv.presses import PRESSES, is_decoding, make_press, needs_question, shares_prefill
 from sparsekv.presses.registry import REFUSED
+from sparsekv.report.config import ReportConfig
 from sparsekv.training.anchor import AnchorConfig
 from sparsekv.training.config import TrainConfig, default_rules
 from sparsekv.training.rules import OWN_RULES, PRESS_RULES
@@ -36,15 +45,22 @@ OTHER_PROGRAMS = {
     *("--array", "--gpus"),  # sbatch
     *("--shape", "--doc"),  # benchmarks/eval_matrix.py
 }
-SCHEMAS = {"docs/training.md": TrainConfig, "docs/evaluation.md": EvalConfig}  # document → what its options are
+SCHEMAS = {  # document → what its options are
+    "docs/training.md": TrainConfig,
+    "docs/evaluation.md": EvalConfig,
+    "docs/analysis.md": AnalysisConfig,
+    "docs/report.md": ReportConfig,
+}
 LAYERS = [  # a file imports from lower layers, from its own, and never from a higher one
-    {"errors", "signals", "version"},
-    {"files", "tokens", "recall", "recall_templates", "sources", "demo_model"},
-    {"data", "models", "anchors", "attention", "presses"},
-    {"training", "evaluation"},
+    {"errors", "signals", "version", "fingerprint", "progress"},
+    {"files", "tokens", "recall", "recall_templates", "sources", "demo_model", "style"},
+    {"data", "models", "anchors", "attention", "observe", "presses"},
+    {"training", "evaluation", "analysis"},
+    {"report"},
     {"demo"},
     {"cli", "__init__"},
 ]
+PEERS = {"training", "evaluation", "analysis"}  # none of them imports another
 EVALUATION = {"benchmarks", "engine", "comparison"}  # none of them imports another, nor what stands on them
 
 each_document = pytest.mark.parametrize("name", TEXTS)
@@ -136,12 +152,13 @@ def test_flags_are_accepted(name, capsys):
 
 
 @pytest.mark.parametrize("command", commands())
-def test_commands_are_valid(command, monkeypatch):
+def test_commands_are_valid(command, monkeypatch, tmp_path):
     def run(name: str, values: dict) -> int:
         if name == "compare":
             assert len(values["folders"]) in (2, 3)
             return 0
-        made = {"train": TrainConfig, "eval": EvalConfig, "merge": cli.MergeConfig, "demo": DemoConfig}[name](**values)
+        schemas = {"train": TrainConfig, "eval": EvalConfig, "analyze": AnalysisConfig, "demo": DemoConfig}
+        made = {**schemas, "merge": cli.MergeConfig, "report": ReportConfig}[name](**values)
         if isinstance(made, EvalConfig):
             cells = [cell for suite in made.suites() for cell in suite.cells()]
             assert all(make_press(*cell) or cell[0] == "no_press" for cell in cells)
@@ -150,6 +167,8 @@ def test_commands_are_valid(command, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(cli, "run", run)
+    (tmp_path / "anchors.yaml").write_text("sink_size: 1")
+    command = re.sub(r"--anchors \S+", f"--anchors {tmp_path / 'anchors.yaml'}", command)
     command = command.replace("$SLURM_ARRAY_TASK_ID", "0").replace("$SLURM_ARRAY_TASK_COUNT", "8")
     with pytest.raises(SystemExit) as ended:
         cli.main([word for word in shlex.split(command) if word != "--help"])
@@ -178,7 +197,7 @@ def defaults(schema: type) -> dict[str, object]:
     for field in dataclasses.fields(schema):
         if field.name == "anchors":
             values |= {f"--anchors.{name}": value for name, value in dataclasses.asdict(AnchorConfig()).items()}
-        else:
+        elif field.name != "results":  # named without a flag
             made = field.default is dataclasses.MISSING
             values[f"--{field.name}"] = field.default_factory() if made else field.default
     return values
@@ -250,7 +269,29 @@ def test_every_figure_of_a_profile_is_documented():
     assert all(f"`{name}`" in text for name in (*keys, *kinds))
 
 
-@pytest.mark.parametrize(("name", "text"), [("training", "143 stopped by a signal"), ("evaluation", "143 and 130")])
+def test_every_key_of_a_view_and_column_of_needles_is_documented(tmp_path):
+    make = {"tokens": ["a"], "classes": np.zeros(1, np.uint8), "anchors": np.zeros(1, bool)}
+    make |= {"received": np.zeros((1, 1, 1), np.uint8), "cells": [], "not_shown": []}
+    save_view(tmp_path / "view", View(**{field.name: "" for field in dataclasses.fields(View)} | make))
+    keys = json.loads(gzip.decompress((tmp_path / "view").read_bytes()))
+    for heading, names in (("### Views", keys), ("### Needles", COLUMNS)):
+        text = section("docs/evaluation.md", heading)
+        assert all(f"`{name}`" in text for name in names), heading
+    assert f"`schema_version` | {SCHEMA_VERSION};" in section("docs/evaluation.md", "### Views")
+
+
+def test_every_figure_of_an_analysis_is_documented():
+    text = section("docs/analysis.md", "## What is measured")
+    for name in HeadStatistics(1024, AnchorConfig()).names:
+        kind, _, part = name.removeprefix("value_").partition(".")
+        part = "CLASS" if part in CLASSES else {"position_relative": "P", "distance_share": "D"}.get(kind, part)
+        assert f"`{kind}.{part}`" in text or f"`{kind}`" in text, name
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("training", "143 stopped by a signal"), ("evaluation", "143 and 130"), ("analysis", "143 and 130")],
+)
 def test_the_status_of_a_stopped_run(name, text):
     assert text in TEXTS[f"docs/{name}.md"]
     assert cli.STOPPED == 143
@@ -328,7 +369,7 @@ def test_imports_point_downward(name):
     for imported in imports(modules()[name]):
         assert layer(imported) <= layer(name), f"{name} imports {imported}"
         pair = {re.split(r"[./]", part)[0] for part in (name, imported)}
-        assert pair != {"training", "evaluation"}, f"{name} imports {imported}"
+        assert len(pair & PEERS) < 2, f"{name} imports {imported}"
     if name == "attention.py":
         assert not imports(modules()[name])
 
