@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo readme test lint format clean
+.PHONY: demo readme picture test lint format clean
 
 # torch comes first and pinned: what follows is then satisfied by it and pulls no other build.
 .venv/ready: pyproject.toml
@@ -17,6 +17,11 @@ demo: .venv/ready
 # The table in README.md, from the last demo.
 readme: .venv/ready
 	$(BIN)/python scripts/fill_readme.py
+
+# The picture in README.md, from the last demo's report.
+picture: .venv/ready
+	scripts/install_browser.sh
+	$(BIN)/python scripts/take_picture.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from sparsekv.style import MARKERS, PALETTE, RUNS
 FAINT = "rgba(127, 127, 127, 0.25)"  # of lines, on a light page and on a dark one
 PAPER_MARKERS = {"circle": "o", "square": "s", "diamond": "D", "cross": "P", "x": "X", "star": "*"}  # matplotlib's
 PANEL_HEIGHT = 240  # px
-BAR_ROOM = 66  # px, of `colour_bar`
+BAR_ROOM = 66  # px, of `add_colour_bar`
 
 
 def page_figure(**layout: Any) -> go.Figure:
@@ -75,12 +75,18 @@ def plain(text: object) -> str:
     return html.escape(str(text), quote=False)
 
 
-def colour_bar(title: str, **options: Any) -> dict[str, Any]:
-    """A scale of colours above a chart, where it takes no width from it on a phone; leave `BAR_ROOM` px at the top."""
+def add_colour_bar(figure: go.Figure, title: str, **options: Any) -> None:
+    """A scale of colours above a heat map, where it takes no width from it on a phone, under a line of text.
+
+    The text is the figure's own title: plotly writes that of a thin bar over the bar.
+    """
     place = {"x": 0, "xref": "container", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"}
-    size = {"orientation": "h", "thickness": 10, "lenmode": "pixels", "len": 250, "outlinewidth": 0}
-    text = {"title": {"text": title, "side": "top", "font": {"size": 12}}, "tickfont": {"size": 11}}
-    return {**place, **size, **text, **options}
+    size = {"orientation": "h", "thickness": 10, "lenmode": "pixels", "len": 250, "outlinewidth": 0, "ypad": 22}
+    bar = {**place, **size, "tickfont": {"size": 11}, **options}
+    shared = figure.layout.coloraxis.colorscale is not None
+    (figure.update_coloraxes if shared else figure.update_traces)(colorbar=bar)
+    text = {"text": title, "font": {"size": 12}, "pad": {"t": 4, "l": 10}}
+    figure.update_layout(title={**text, **place}, margin={"t": BAR_ROOM})
 
 
 def translucent(colour: str, opacity: float = 0.18) -> str:

@@ -17,7 +17,7 @@ from sparsekv.analysis.summary import CLASS_FIGURE
 from sparsekv.analysis.tables import sentences
 from sparsekv.report.chart import Chart, Section
 from sparsekv.report.collect import AttentionAnalysis, Evidence
-from sparsekv.report.look import BAR_ROOM, colour_bar, page_figure, panel_axes, panels, translucent
+from sparsekv.report.look import add_colour_bar, page_figure, panel_axes, panels, translucent
 from sparsekv.style import DIVERGING, MARKERS, SEQUENTIAL
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def class_layers(each: AttentionAnalysis, name: str) -> Chart:
     data = pd.concat(tables, keys=keys, names=["run", "class"]).droplevel(2).reset_index()
     furthest = min(figures.FURTHEST, max(2.0, float(np.exp(np.log(data["mean"]).abs().max()))))
     ticks = TICKS[::2] if furthest > 4 else TICKS
-    bar = colour_bar(figures.TIMES, tickvals=np.log2(ticks), ticktext=[f"{times:.3g}×" for times in ticks])
-    colours = {"colorscale": DIVERGING, "cmin": -np.log2(furthest), "cmax": np.log2(furthest), "colorbar": bar}
+    colours = {"colorscale": DIVERGING, "cmin": -np.log2(furthest), "cmax": np.log2(furthest)}
 
     def cells(table: pd.DataFrame) -> go.Heatmap:
         grid = table.pivot_table(index="class", columns="layer", values="mean", sort=False, dropna=False)
@@ -110,6 +109,7 @@ def class_layers(each: AttentionAnalysis, name: str) -> Chart:
         )  # fmt: skip
 
     page = _maps(each, data, cells, "layer", "", colours)
+    add_colour_bar(page, figures.TIMES, tickvals=np.log2(ticks), ticktext=[f"{times:.3g}×" for times in ticks])
     caption = (
         "The same ratio by layer, as the mean over its heads. Purple: more than an even share; orange: less. Colours "
         f"end at {furthest:.3g}× and its inverse."
@@ -122,8 +122,7 @@ def concentration(each: AttentionAnalysis, name: str) -> Chart:
     """Share of the tokens that holds 80% of the attention, head by head."""
     wanted = (each.heads.figure == "tokens_for_80") & each.heads.run.isin(each.analysis["runs"])
     data = each.heads.loc[wanted, ["run", "layer", "head", *ESTIMATE]].reset_index(drop=True)
-    bar = colour_bar("tokens that hold 80% of the attention", tickformat=".0%")
-    colours = {"colorscale": SEQUENTIAL, "cmin": 0, "cmax": data["mean"].max(), "colorbar": bar}
+    colours = {"colorscale": SEQUENTIAL, "cmin": 0, "cmax": data["mean"].max()}
 
     def cells(table: pd.DataFrame) -> go.Heatmap:
         grid = table.pivot_table(index="layer", columns="head", values="mean")
@@ -133,6 +132,7 @@ def concentration(each: AttentionAnalysis, name: str) -> Chart:
         )  # fmt: skip
 
     page = _maps(each, data, cells, "head", "layer", colours)
+    add_colour_bar(page, "tokens that hold 80% of the attention", tickformat=".0%")
     caption = (
         "For each query head, the smallest share of a row's tokens that holds 80% of the attention of the row's second "
         "half: what a cache that is evicted once could live on. Dark heads need few tokens."
@@ -225,7 +225,7 @@ def _maps(
     page = panels(runs if len(runs) > 1 else [""], x_title, y_title, height=300)
     for number, (_, table) in enumerate(data.groupby("run", sort=False)):
         page.add_trace(cells(table).update(panel_axes(number)))
-    page.update_layout(coloraxis=colours, margin={"t": BAR_ROOM})
+    page.update_layout(coloraxis=colours)
     page.update_xaxes(showgrid=False, tick0=0, dtick=_tick(data[x_title]))
     page.update_yaxes(showgrid=False, autorange="reversed", ticks="", tickfont={"size": 11})
     return page.update_yaxes(tick0=0, dtick=_tick(data[y_title])) if y_title else page

@@ -23,7 +23,7 @@ from sparsekv.evaluation.comparison.tables import (
 from sparsekv.report.cells import chart_name, predictions
 from sparsekv.report.chart import Chart, Section
 from sparsekv.report.collect import Evidence
-from sparsekv.report.look import BAR_ROOM, colour_bar, page_figure, plain
+from sparsekv.report.look import add_colour_bar, page_figure, plain
 from sparsekv.style import DIVERGING
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _limit(data: pd.DataFrame) -> float:
 
 def _page(data: pd.DataFrame) -> go.Figure:
     cells, tasks = list(dict.fromkeys(data.cell)), sorted(set(data.task), key=lambda task: (task == ALL_TASKS, task))
-    figure = page_figure(height=ROW * len(cells) + 150, margin={"l": 8, "r": 8, "t": BAR_ROOM, "b": 8})
+    figure = page_figure(height=ROW * len(cells) + 150)
     grids = {
         name: data.pivot(index="cell", columns="task", values=name).reindex(index=cells, columns=tasks)
         for name in ("gain", "mark", "value", "hover")
@@ -144,8 +144,8 @@ def _page(data: pd.DataFrame) -> go.Figure:
         zmax=_limit(data),
         xgap=2,
         ygap=2,
-        colorbar=colour_bar("better →"),
     )
+    add_colour_bar(figure, "better →")
     figure.update_xaxes(type="category", showgrid=False, dtick=1)
     figure.update_yaxes(type="category", showgrid=False, dtick=1, autorange="reversed")
     return figure

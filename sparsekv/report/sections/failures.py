@@ -13,7 +13,7 @@ from sparsekv.evaluation.comparison.tables import benchmark_name, cell_name
 from sparsekv.report.cells import file_stem, predictions
 from sparsekv.report.chart import Chart, Section, TextTable
 from sparsekv.report.collect import EvaluatedRun, Evidence
-from sparsekv.report.look import BAR_ROOM, colour_bar, page_figure, plain
+from sparsekv.report.look import add_colour_bar, page_figure, plain
 from sparsekv.report.needles import read_needles
 from sparsekv.style import SEQUENTIAL
 
@@ -102,7 +102,7 @@ def _page(data: pd.DataFrame) -> go.Figure:
     hover = data.assign(
         hover=[f"{plain(row.cell)}<br>depth {row.depth}: {row.died:.0f} of {row.n} died" for row in data.itertuples()]
     )
-    figure = page_figure(height=ROW * len(_cells(data)) + 150, margin={"l": 8, "r": 8, "t": BAR_ROOM, "b": 8})
+    figure = page_figure(height=ROW * len(_cells(data)) + 150)
     figure.add_heatmap(
         z=100 * _grid(data, "share"),
         x=DEPTHS,
@@ -116,8 +116,8 @@ def _page(data: pd.DataFrame) -> go.Figure:
         zmax=100,
         xgap=2,
         ygap=2,
-        colorbar=colour_bar("died, %"),
     )
+    add_colour_bar(figure, "died, %")
     figure.update_xaxes(type="category", showgrid=False, title={"text": "depth in the context"})
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
     return figure
