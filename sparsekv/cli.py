@@ -152,16 +152,16 @@ def _switches(schema: type, prefix: str = "--") -> Iterator[str]:
 
 def files_first(arguments: Sequence[str]) -> list[str]:
     """`train … --config=FILE` → `train --config FILE …`: flags win wherever they stand, and --anchors over --config."""
-    groups: dict[str, list[str]] = {"--config": [], "--anchors": [], "": []}
-    awaited = ""  # the option whose file comes next
+    groups: dict[str | None, list[str]] = {"--config": [], "--anchors": [], None: []}
+    awaited = None  # the option whose file comes next
     for argument in arguments[1:]:
         flag, *file = argument.split("=", 1)
-        if not awaited and flag in groups:
+        if flag in groups:
             groups[flag] += [flag, *file]
-            awaited = "" if file else flag
+            awaited = None if file else flag
         else:
-            groups[awaited].append(argument)
-            awaited = ""
+            groups[None if argument.startswith("--") else awaited].append(argument)
+            awaited = None
     return [*arguments[:1], *itertools.chain(*groups.values())]
 
 
@@ -193,7 +193,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     parser = make_parser(arguments[:1])
     words = files_first(spell_out_switches(arguments))
     for flag, value in itertools.pairwise(words):
-        if flag == "--anchors" and not value.startswith("{"):
+        if flag == "--anchors" and not value.startswith(("{", "--")):
             check_anchors(value)
     with reading("--config"):
         options = parser.parse_args(words)

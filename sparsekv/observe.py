@@ -42,7 +42,8 @@ def observing(model: nn.Module, receive: Receiver) -> Iterator[None]:
     Raises
     ------
     ValueError
-        In the forward pass, where attention is not plain causal: padding, a sliding window, a soft cap, learned sinks.
+        In the forward pass, where attention is not plain causal: padding, a sliding window, a soft cap, learned sinks,
+        a bias by position, an encoder.
     """
     base: Any = model
     AttentionInterface.register(IMPLEMENTATION, _observed_attention)
@@ -69,8 +70,10 @@ def _observed_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls: [B, H, L, D] queries → [B, L, H, D], and no weights."""
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise ValueError("attention with a soft cap or learned sinks cannot be observed")
+    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise ValueError("attention with a soft cap, learned sinks or a bias by position cannot be observed")
+    if not getattr(module, "is_causal", True):
+        raise ValueError("attention that looks ahead, as an encoder's does, cannot be observed")
     if attention_mask is not None:  # SDPA gets none where attention is plain causal
         raise ValueError("attention with a mask of its own (padding, a sliding window) cannot be observed")
     if receive is not None:
@@ -93,7 +96,7 @@ def check_observable(model: nn.Module, name: str, length: int) -> None:
     Raises
     ------
     UserError
-        Names `--model` and the reason: no SDPA, layers without attention, a soft cap, learned sinks, a window.
+        Names `--model` and the reason: no SDPA, layers without attention, attention that is not plain causal.
     """
     base: Any = model
     config = base.config.get_text_config()

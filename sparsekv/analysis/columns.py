@@ -67,7 +67,7 @@ class ColumnSums:
         for group, (start, end) in enumerate(itertools.pairwise(bounds)):
             self._groups[group, start:end] = 1
         self._norms, self._classes = norms, classes
-        self._sink = min(sink_size, self.half)
+        self._sink = sink_size
         self._sums = norms.new_zeros(heads, 2 * len(self._groups), self.length)
 
     def add(self, start: int, probabilities: Tensor, norm_sums: Tensor) -> None:

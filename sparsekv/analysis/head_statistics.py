@@ -36,11 +36,13 @@ class HeadStatistics:
     Raises
     ------
     UserError
-        When rows of this length are too short to be told apart into halves and blocks.
+        When rows of this length are too short to be told apart into halves and blocks, or the sink is more than half.
     """
 
     def __init__(self, length: int, anchors: AnchorConfig) -> None:
         require(length >= MIN_LENGTH, f"--max_len {length}: must be at least {MIN_LENGTH} tokens")
+        fits = anchors.sink_size <= length // 2
+        require(fits, f"--anchors.sink_size {anchors.sink_size}: must be at most half of --max_len {length}")
         self.length, self.anchors = length, anchors
         self.descriptions = {**columns.describe(length), **rows.describe(length), **concentration.describe()}
         self.names = tuple(self.descriptions)

@@ -12,7 +12,7 @@ from sparsekv.analysis.config import AnalysisConfig
 from sparsekv.analysis.head_statistics import HeadStatistics
 from sparsekv.analysis.samples import SampleFolder
 from sparsekv.data import build_datasets, parse_sources
-from sparsekv.errors import require
+from sparsekv.errors import UserError, require
 from sparsekv.files import check_writable, writing
 from sparsekv.fingerprint import fingerprint
 from sparsekv.models import check_adapter, check_device, load_config, load_tokenizer, resolve_model
@@ -54,13 +54,17 @@ def prepare(config: AnalysisConfig) -> Inputs:
         check_writable(out, "--output_dir")
     check_device(device(config), "--device")
     model_config = load_config(config.model, config.trust_remote_code)
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    text_config = model_config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
     fits = positions is None or config.max_len <= positions
     require(fits, f"--max_len {config.max_len}: {config.model} has {positions} positions")
     if config.adapter is not None:
         check_adapter(model_config, config.adapter, config.trust_remote_code)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     rows, data_fingerprint = _rows(config, tokenizer)
+    known = getattr(text_config, "vocab_size", None)
+    spoken = f"--model {config.model}: its tokenizer makes token {rows.max()}, and the model knows {known} of them"
+    require(known is None or bool(rows.max() < known), spoken)
     statistics = HeadStatistics(config.max_len, config.anchors)
     described = _describe(config, model_config) | {
         "data_fingerprint": data_fingerprint,
@@ -79,9 +83,12 @@ def device(config: AnalysisConfig) -> str:
 def _rows(config: AnalysisConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
     """Long[n, L] and their fingerprint: rows as training makes them, none of them held out."""
     sources = parse_sources(config.data)
-    rows, _, found = build_datasets(
-        sources, tokenizer, config.max_len, config.num_samples, 0, config.seed, config.data_subset
-    )
+    try:
+        rows, _, found = build_datasets(
+            sources, tokenizer, config.max_len, config.num_samples, 0, config.seed, config.data_subset
+        )
+    except UserError as error:  # which speaks of the option as training has it
+        raise UserError(str(error).replace("--max_seq_len", "--max_len")) from error
     return torch.tensor(rows[:]["input_ids"]), found
 
 

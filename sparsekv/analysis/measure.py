@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from sparsekv.analysis.config import AnalysisConfig
 from sparsekv.analysis.inputs import Inputs, device
 from sparsekv.anchors import AnchorSelector
+from sparsekv.errors import require
 from sparsekv.models import load_adapter, load_model
 from sparsekv.observe import check_observable, observing
 from sparsekv.tokens import classify_vocabulary
@@ -26,7 +27,8 @@ class Measurer:
     Raises
     ------
     UserError
-        Weights that cannot be loaded, or a model whose attention cannot be captured.
+        Weights that cannot be loaded, a model whose attention cannot be captured, an adapter that adds tokens; when
+        measuring, attention that is not a number.
     """
 
     def __init__(self, config: AnalysisConfig, inputs: Inputs) -> None:
@@ -38,6 +40,9 @@ class Measurer:
         self._statistics = inputs.statistics
         adapter = config.adapter
         self._model: PreTrainedModel | PeftModel = base if adapter is None else load_adapter(base, adapter).eval()
+        adds_tokens = isinstance(self._model, PeftModel) and self._model.active_peft_config.is_prompt_learning
+        require(not adds_tokens, f"--adapter {adapter}: adds tokens, not weights; what they change is not measured")
+        self._name = f"--model {config.model}" + (f" with --adapter {adapter}" if adapter else "")
 
     def __call__(self, row: Tensor) -> dict[str, Tensor]:
         """Measure a row, Long[L]: what `SampleFolder.write` keeps."""
@@ -60,4 +65,7 @@ class Measurer:
         ids = row[None].to(model.get_input_embeddings().weight.device)
         with observing(model, receive):
             model.get_decoder()(input_ids=ids, use_cache=False)
-        return torch.stack([layers[layer].cpu() for layer in sorted(layers)])
+        figures = torch.stack([layers[layer].cpu() for layer in sorted(layers)])
+        broken = figures[..., self._statistics.names.index("position_relative.0")].isnan().any(-1)
+        require(not broken.any(), f"{self._name}: attention is not a number in layer {int(broken.int().argmax())}")
+        return figures

@@ -56,7 +56,7 @@ class RowSums:
     def __init__(self, config: AnchorConfig, norms: Tensor, static_anchors: Tensor) -> None:
         heads, self.length = norms.shape
         self.half = self.length // 2
-        self._sink, self._recent = min(config.sink_size, self.half), config.recent_size
+        self._sink, self._recent = config.sink_size, config.recent_size
         self._window = config.recent_size if config.use_recent else 0
         self._norms = norms
         self._anchors = static_anchors.clone()

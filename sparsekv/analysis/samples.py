@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sparsekv.errors import UserError
+from sparsekv.errors import UserError, require
 from sparsekv.files import write_bytes, write_json
 
 CONFIG = "analysis_config.json"
@@ -76,6 +76,8 @@ class SampleFolder:
             The analysis was made with other options, or a file of it is corrupt.
         """
         if not (self.out / CONFIG).is_file():
+            unknown = f"--output_dir {self.out}: holds samples but no {CONFIG}, which says how they were made"
+            require(not self._numbers(present=True), f"{unknown}; name another folder, or delete this one")
             return
         try:
             before = json.loads((self.out / CONFIG).read_text("utf-8"))

@@ -1,7 +1,8 @@
 """From the figures of single samples to means with intervals: of every head, every layer, and the whole model.
 
-A layer's figure of one sample is the mean over its heads, the model's the mean over layers and heads; the interval is
-over samples. Differences between adapter and base are taken row by row before anything is averaged.
+A layer's figure of one sample is the mean over its heads, the model's the mean over layers and heads, of those in which
+it has a meaning; the interval is over samples. Differences between adapter and base are taken row by row before
+anything is averaged.
 """
 
 from collections.abc import Sequence
@@ -36,9 +37,8 @@ class Estimate:
     def of(cls, samples: np.ndarray) -> "Estimate":
         """Over the first axis of Float[n, ...]."""
         known = ~np.isnan(samples)
-        n = known.sum(0)
+        n, mean = known.sum(0), _mean(samples, 0)
         with np.errstate(divide="ignore", invalid="ignore"):
-            mean = np.where(known, samples, 0).sum(0, dtype=np.float64) / n
             variance = (np.where(known, samples - mean, 0) ** 2).sum(0) / (n - 1)
             half = stats.t.ppf((1 + CONFIDENCE) / 2, np.maximum(n - 1, 1)) * np.sqrt(variance / n)
         half = np.where(n > 1, half, np.nan)
@@ -59,12 +59,12 @@ def by_run(samples: Samples, runs: Sequence[str]) -> dict[str, np.ndarray]:
 
 def overall(figures: np.ndarray) -> Estimate:
     """Of the model, [S], from Float[n, layers, H, S]."""
-    return Estimate.of(figures.mean((1, 2), dtype=np.float64))
+    return Estimate.of(_mean(figures, (1, 2)))
 
 
 def of_layers(figures: np.ndarray) -> Estimate:
     """Of each layer, [layers, S], from Float[n, layers, H, S]."""
-    return Estimate.of(figures.mean(2, dtype=np.float64))
+    return Estimate.of(_mean(figures, 2))
 
 
 def head_table(figures: dict[str, np.ndarray], names: Sequence[str]) -> pd.DataFrame:
@@ -85,6 +85,13 @@ def token_shares(samples: Samples) -> dict[str, float]:
     """Share of each class in the rows, and of static anchors (by their token alone)."""
     shares = {name: float((samples.classes == number).mean()) for number, name in enumerate(CLASSES)}
     return shares | {"static_anchors": float(samples.static_anchors.mean())}
+
+
+def _mean(values: np.ndarray, axes: int | tuple[int, ...]) -> np.ndarray:
+    """Float64, of the values that have a meaning; NaN where none has."""
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, values, 0).sum(axes, dtype=np.float64) / known.sum(axes)
 
 
 def _rounded(value: Any) -> Any:

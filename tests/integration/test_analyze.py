@@ -13,6 +13,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 import yaml
+from peft import PromptTuningConfig, get_peft_model
 from tiny import make_sharp, make_tiny_tokenizer, messages, save_tiny
 
 from sparsekv.analysis import run as run_module
@@ -295,8 +296,10 @@ def test_another_configuration_is_refused(inputs, done, capsys):
         ({"adapter": "nowhere"}, "--adapter nowhere"),
         ({"seed": -1}, "--seed -1"),
         ({"anchors.sink_size": -1}, "--anchors.sink_size -1"),
+        ({"anchors.sink_size": 49}, "--anchors.sink_size 49: must be at most half of --max_len 96"),
         ({"anchors": "no-such.yaml"}, "--anchors no-such.yaml"),
         ({"layers": 3}, "--layers"),
+        ({"data": "recall", "max_len": 16}, "--max_len 16: too short for recall"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -320,6 +323,37 @@ def test_a_model_whose_attention_cannot_be_captured(inputs, tmp_path, capsys):
     line = failure(capsys, *flags(inputs, tmp_path / "out", model=tmp_path / "gemma"))
     assert f"--model {tmp_path / 'gemma'}: " in line
     assert not (tmp_path / "out").exists()
+
+
+def test_text_too_short_for_a_row(inputs, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("a few words")
+    line = failure(capsys, *flags(inputs, tmp_path / "out", data=tmp_path / "short.txt"))
+    assert "one row of --max_len 96" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_a_larger_model(inputs, tmp_path, capsys):
+    save_tiny(tmp_path / "small", "llama", vocab_size=50)
+    line = failure(capsys, *flags(inputs, tmp_path / "out", model=tmp_path / "small"))
+    assert f"--model {tmp_path / 'small'}: its tokenizer makes token " in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_adds_tokens(inputs, tmp_path, capsys):
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(make_sharp("llama"), prompt).save_pretrained(tmp_path / "prompt")
+    line = failure(capsys, *flags(inputs, tmp_path / "out", adapter=tmp_path / "prompt"))
+    assert f"--adapter {tmp_path / 'prompt'}: adds tokens" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_attention_that_is_not_a_number(inputs, tmp_path, capsys):
+    broken = make_sharp("llama")
+    torch.nn.init.constant_(broken.model.layers[1].self_attn.q_proj.weight, torch.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "broken")
+    line = failure(capsys, *flags(inputs, tmp_path / "out", model=tmp_path / "broken"))
+    assert f"--model {tmp_path / 'broken'}: attention is not a number in layer 1" in line
 
 
 def test_a_corrupt_sample(inputs, done, tmp_path, capsys):

@@ -116,5 +116,12 @@ def test_a_corrupt_sample_is_named(folder, damage):
         reopened(folder).check()
 
 
+def test_samples_of_unknown_origin_are_not_reused(folder):
+    folder.write(1, measured(1))
+    (folder.out / "analysis_config.json").unlink()
+    with pytest.raises(UserError, match=f"^--output_dir {folder.out}: holds samples but no analysis_config.json"):
+        reopened(folder, seed=1).check()
+
+
 def test_the_description_is_plain_json(folder):
     assert json.loads((folder.out / "analysis_config.json").read_text()) == json.loads(json.dumps(DESCRIPTION))

@@ -63,14 +63,26 @@ def test_heads_are_averaged_before_the_interval():
         assert found == pytest.approx(wanted(per_sample[:, 1, :, figure].mean(1)))
 
 
+def test_heads_without_the_figure_are_left_out():
+    """All attention of a head on the sink leaves it no distances: the others still have theirs."""
+    samples = make_samples(1)
+    samples.figures[:, 0, 1, 2, 0] = np.nan
+    samples.figures[:, 0, 0, :, 1] = np.nan
+    figures = by_run(samples, ["base"])["base"]
+    assert of_layers(figures).mean[1, 0] == pytest.approx(samples.figures[:, 0, 1, :2, 0].mean())
+    assert np.isnan(of_layers(figures).mean[0, 1])
+    assert overall(figures).mean[1] == pytest.approx(samples.figures[:, 0, 1, :, 1].mean())
+    assert not np.isnan(overall(figures).low).any()
+
+
 def test_differences_are_paired():
     """A constant shift of every sample is known exactly, however much samples vary."""
     samples = make_samples()
-    samples.figures[:, 1] = samples.figures[:, 0] + 0.5
+    samples.figures[:, 1] = samples.figures[:, 0] + 0.1
     figures = by_run(samples, ["base", "adapter"])
     difference = overall(figures["difference"])
-    assert difference.low == pytest.approx([0.5] * S, abs=1e-5)
-    assert difference.high == pytest.approx([0.5] * S, abs=1e-5)
+    assert difference.low == pytest.approx([0.1] * S, abs=1e-5)
+    assert difference.high == pytest.approx([0.1] * S, abs=1e-5)
     assert (overall(figures["adapter"]).low < overall(figures["base"]).high).all()
 
 

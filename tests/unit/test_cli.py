@@ -173,6 +173,16 @@ def test_a_bad_file_of_anchors_is_named(tmp_path, capsys, content, said):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flag", ["--anchors", "--config"])
+def test_a_missing_file_is_no_other_flag(capsys, tmp_path, flag):
+    required = ["--model", "m", "--output_dir", str(tmp_path / "out")]
+    for arguments in ([flag, *required], [*required, flag]):
+        line = failure(capsys, "train", *arguments)
+        assert f"{flag}" in line
+        assert "expected one argument" in line
+        assert "--model" not in line
+
+
 def test_flags_that_scripts_rely_on(train_values):
     given = {"model": "m", "data": "pydoc", "output_dir": "o", "max_seq_len": 256, "max_steps": 7, "save_steps": 3}
     given |= {"lora_r": 8, "initial_keep_ratio": 0.8, "min_keep_ratio": 0.4, "seed": 11}

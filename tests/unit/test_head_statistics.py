@@ -23,7 +23,7 @@ CONFIGS = [
     AnchorConfig(sink_size=2, recent_size=5),
     AnchorConfig(sink_size=1, recent_size=40, use_sink=False),
     AnchorConfig(sink_size=0, recent_size=0),
-    AnchorConfig(sink_size=100, recent_size=300, use_recent=False),
+    AnchorConfig(sink_size=8, recent_size=300, use_recent=False),
 ]
 
 
@@ -79,7 +79,7 @@ def reference(
     later = range(length // 2, length)
     expected = np.array([sum(1 / (q + 1) for q in range(k, length)) for k in range(length)])
     figures = {
-        **dict(class_figures(plain, valued, expected, classes, min(config.sink_size, length // 2))),
+        **dict(class_figures(plain, valued, expected, classes, config.sink_size)),
         **dict(zone_figures(plain, valued, later, config)),
         **dict(anchor_figures(plain, valued, later, static, config)),
         **dict(query_figures(plain, valued, later)),
@@ -113,7 +113,7 @@ def class_figures(plain, valued, expected, classes, sink) -> Iterator[tuple[str,
 
 
 def zone_figures(plain, valued, later, config) -> Iterator[tuple[str, float]]:
-    sink = min(config.sink_size, len(plain) // 2)
+    sink = config.sink_size
     sums = {f"{prefix}zone.{zone}": 0.0 for prefix in ("", "value_") for zone in ("sink", "early", "middle", "recent")}
     starts = [d for d in [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192] if d < len(plain)]
     distance = dict.fromkeys(starts, 0.0)
@@ -136,7 +136,7 @@ def zone_figures(plain, valued, later, config) -> Iterator[tuple[str, float]]:
 
 
 def anchor_figures(plain, valued, later, static, config) -> Iterator[tuple[str, float]]:
-    sink = min(config.sink_size, len(plain) // 2) if config.use_sink else 0
+    sink = config.sink_size if config.use_sink else 0
     window = config.recent_size if config.use_recent else 0
     sums = np.zeros(3)
     for q in later:

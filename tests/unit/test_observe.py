@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, FalconConfig, Gemma2Config, GptOssConfig, Lfm2Config
+from transformers import AutoModelForCausalLM, BertConfig, FalconConfig, Gemma2Config, GptOssConfig, Lfm2Config
 
 from sparsekv import observe
 from sparsekv.errors import UserError
@@ -92,6 +92,13 @@ def test_padding_is_refused() -> None:
         model(ids, attention_mask=padded)
 
 
+def test_a_bias_by_position_is_refused() -> None:
+    """Which newer versions of transformers hand over beside the mask."""
+    model, ids = make_tiny("llama"), text()
+    with torch.no_grad(), observing(model, lambda *_: None), pytest.raises(ValueError, match="bias by position"):
+        model.get_decoder()(input_ids=ids, use_cache=False, position_bias=torch.zeros(1, 4, LENGTH, LENGTH))
+
+
 def test_no_block_outgrows_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(observe.BLOCK_ELEMENTS, "cpu", 4 * 600 * 20)
     for length, rows in ((600, 20), (1200, 10), (2400, observe.MIN_BLOCK)):
@@ -150,6 +157,7 @@ SMALL = {**SHAPE, "layer_types": ["full_attention"] * 2}
     ("config", "reason"),
     [
         (Gemma2Config(**SMALL), "soft cap"),
+        (BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2), "looks ahead"),
         (GptOssConfig(**SMALL, num_local_experts=2), "not SDPA"),
         (Lfm2Config(**{**SHAPE, "layer_types": ["conv", "full_attention"]}), "layers without attention.*: 0$"),
         (FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2), "attention interface"),
