@@ -1,57 +1,20 @@
-"""The command line: one thin command a phase. Bad input ends with one line and status 2."""
+"""The command line: arguments → the options of a command. Bad input ends with one line and status 2."""
 
 import contextlib
 import dataclasses
 import itertools
 import logging
-import os
 import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any, cast, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
+from sparsekv.commands import COMMANDS
 from sparsekv.errors import UserError
-
-STOPPED = 128 + signal.SIGTERM
-
-
-@dataclass
-class MergeConfig:
-    """Write the merged model of an adapter, equal to it in logits.
-
-    Parameters
-    ----------
-    model
-        The base: Hub name, local folder, or smollm2-135m.
-    adapter
-        Folder of the adapter, such as out/final.
-    output_dir
-        New folder for the merged model.
-    """
-
-    model: str
-    adapter: str
-    output_dir: str
-
-
-# Command → what it does, and where the schema of its options is: `--help` imports none, a command its own.
-COMMANDS = {
-    "train": ("Eviction-invariant training: from text to an adapter.", "sparsekv.training.config:TrainConfig"),
-    "eval": ("The press × ratio matrix: what eviction costs a model.", "sparsekv.evaluation.matrix.config:EvalConfig"),
-    "analyze": (
-        "What a model attends to, by token class, position, layer and head.",
-        "sparsekv.analysis.config:AnalysisConfig",
-    ),
-    "compare": ("Results of base, control and trained side by side: what training changed.", None),
-    "report": ("A page of pictures and tables of what was found: one HTML file.", None),
-    "merge": ("Merge an adapter into its base model.", "sparsekv.cli:MergeConfig"),
-    "demo": ("Train a small real model here and compare base, control and trained.", "sparsekv.demo:DemoConfig"),
-}
 
 
 def make_parser(commands: Iterable[str] = COMMANDS) -> ArgumentParser:
@@ -59,8 +22,8 @@ def make_parser(commands: Iterable[str] = COMMANDS) -> ArgumentParser:
     about = "Train language models so that evicting their KV cache costs little."
     parser = ArgumentParser(prog="sparsekv", description=about, exit_on_error=False)
     subcommands = parser.add_subcommands(metavar="command", dest="command")
-    for name, (summary, schema) in COMMANDS.items():
-        command = ArgumentParser(description=summary, exit_on_error=False)
+    for name, known in COMMANDS.items():
+        command = ArgumentParser(description=known.summary, exit_on_error=False)
         if name == "compare":
             command.add_argument("folders", nargs="+", help="Results of the base, a control if any, the trained model.")
             command.add_argument("--output", type=str, help="Folder for compare.md and compare.csv.")
@@ -69,70 +32,16 @@ def make_parser(commands: Iterable[str] = COMMANDS) -> ArgumentParser:
             command.add_argument("--out", type=str, default="report.html", help="The page to write.")
             command.add_argument("--figures", action="store_true", help="Also every chart as PNG, SVG and CSV.")
             command.add_argument("--latex", action="store_true", help="Also every table as LaTeX and Markdown.")
-        elif schema and name in commands:
+        elif known.schema and name in commands:
             command.add_argument("--config", action=ActionConfigFile, help="YAML file of options; flags win.")
-            command.add_class_arguments(resolve_name(schema), as_group=False, fail_untyped=True)
-        subcommands.add_subcommand(name, command, help=summary)
+            command.add_class_arguments(resolve_name(known.schema), as_group=False, fail_untyped=True)
+        subcommands.add_subcommand(name, command, help=known.summary)
     return parser
-
-
-def run(name: str, values: dict[str, Any]) -> int:
-    """Run a command; returns the exit status."""
-    if name == "train":
-        from sparsekv.training.config import TrainConfig
-        from sparsekv.training.run import train
-
-        final = train(TrainConfig(**values))
-        if final is None:
-            print("stopped; the same command with --resume continues from the checkpoint just written", file=sys.stderr)
-            return STOPPED
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(final)
-    elif name == "eval":
-        from sparsekv.evaluation.matrix.config import EvalConfig
-        from sparsekv.evaluation.matrix.run import evaluate
-
-        return continued_later(evaluate(EvalConfig(**values)))
-    elif name == "analyze":
-        from sparsekv.analysis.config import AnalysisConfig
-        from sparsekv.analysis.run import analyze
-
-        return continued_later(analyze(AnalysisConfig(**values)))
-    elif name == "compare":
-        from sparsekv.evaluation.comparison.compare import compare
-
-        compare(values["folders"], values["output"])
-    elif name == "report":
-        from sparsekv.report.config import ReportConfig
-        from sparsekv.report.run import report
-
-        for path in report(ReportConfig(**values)):
-            print(path)
-    elif name == "merge":
-        from sparsekv.models import merge_adapter
-
-        merge_adapter(values["model"], values["adapter"], values["output_dir"])
-        print(values["output_dir"])
-    else:
-        from sparsekv.demo import DemoConfig, demo
-
-        if not demo(DemoConfig(**values)):
-            print("stopped; the same command continues", file=sys.stderr)
-            return STOPPED
-    return 0
-
-
-def continued_later(stopped: int | None) -> int:
-    """The exit status of a command that a signal may have stopped."""
-    if stopped is None:
-        return 0
-    print("stopped; the same command continues", file=sys.stderr)
-    return 128 + stopped
 
 
 def spell_out_switches(arguments: Sequence[str]) -> list[str]:
     """`--resume` → `--resume true`, for every option that is true or false."""
-    schema = COMMANDS.get(arguments[0], ("", None))[1] if arguments else None
+    schema = COMMANDS[arguments[0]].schema if arguments and arguments[0] in COMMANDS else None
     switches = set(_switches(resolve_name(schema))) if schema else set()
     spelled: list[str] = []
     for argument, following in itertools.pairwise([*arguments, "--"]):
@@ -226,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         disable_progress_bar()  # of loading weights: hundreds of lines in a log file
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        status = run(*parse(sys.argv[1:] if arguments is None else arguments))
+        command, values = parse(sys.argv[1:] if arguments is None else arguments)
+        status = COMMANDS[command].run(values)
     except (UserError, ArgumentError) as error:
         print(f"sparsekv: {one_line(error)}", file=sys.stderr)
         status = 2

@@ -15,6 +15,7 @@ from tiny import as_flags, messages, run_options, save_tiny
 
 from sparsekv import cli
 from sparsekv.cli import main, make_parser
+from sparsekv.commands import STOPPED
 from sparsekv.evaluation.matrix.config import EvalConfig, RunConfig
 from sparsekv.presses import is_decoding, make_press
 from sparsekv.report.config import ReportConfig
@@ -612,7 +613,7 @@ def test_status_of_a_stop(monkeypatch, capsys):
     monkeypatch.setattr("sparsekv.training.run.train", lambda config: None)
     with pytest.raises(SystemExit) as ended:
         main(["train", "--model", "m", "--output_dir", "o"])
-    assert ended.value.code == cli.STOPPED == 143
+    assert ended.value.code == STOPPED == 143
     (line,) = messages(capsys.readouterr().err)
     assert "--resume" in line
 

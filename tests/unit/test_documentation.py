@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,6 +21,7 @@ from sparsekv import cli, models
 from sparsekv.analysis.columns import CLASSES
 from sparsekv.analysis.config import AnalysisConfig
 from sparsekv.analysis.head_statistics import HeadStatistics
+from sparsekv.commands import STOPPED, MergeConfig
 from sparsekv.demo import DemoConfig
 from sparsekv.evaluation.benchmarks.files import file_rows
 from sparsekv.evaluation.benchmarks.registry import BENCHMARKS
@@ -58,7 +60,7 @@ LAYERS = [  # a file imports from lower layers, from its own, and never from a h
     {"training", "evaluation", "analysis"},
     {"report"},
     {"demo"},
-    {"cli", "__init__"},
+    {"cli", "commands", "__init__"},
 ]
 PEERS = {"training", "evaluation", "analysis"}  # none of them imports another
 EVALUATION = {"benchmarks", "engine", "comparison"}  # none of them imports another, nor what stands on them
@@ -158,7 +160,7 @@ def test_commands_are_valid(command, monkeypatch, tmp_path):
             assert len(values["folders"]) in (2, 3)
             return 0
         schemas = {"train": TrainConfig, "eval": EvalConfig, "analyze": AnalysisConfig, "demo": DemoConfig}
-        made = {**schemas, "merge": cli.MergeConfig, "report": ReportConfig}[name](**values)
+        made = {**schemas, "merge": MergeConfig, "report": ReportConfig}[name](**values)
         if isinstance(made, EvalConfig):
             cells = [cell for suite in made.suites() for cell in suite.cells()]
             assert all(make_press(*cell) or cell[0] == "no_press" for cell in cells)
@@ -166,7 +168,8 @@ def test_commands_are_valid(command, monkeypatch, tmp_path):
         return 0
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cli, "run", run)
+    checked = {name: dataclasses.replace(each, run=partial(run, name)) for name, each in cli.COMMANDS.items()}
+    monkeypatch.setattr(cli, "COMMANDS", checked)
     (tmp_path / "anchors.yaml").write_text("sink_size: 1")
     command = re.sub(r"--anchors \S+", f"--anchors {tmp_path / 'anchors.yaml'}", command)
     command = command.replace("$SLURM_ARRAY_TASK_ID", "0").replace("$SLURM_ARRAY_TASK_COUNT", "8")
@@ -294,7 +297,7 @@ def test_every_figure_of_an_analysis_is_documented():
 )
 def test_the_status_of_a_stopped_run(name, text):
     assert text in TEXTS[f"docs/{name}.md"]
-    assert cli.STOPPED == 143
+    assert STOPPED == 143
 
 
 # ---- code ----

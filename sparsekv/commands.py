@@ -1,0 +1,137 @@
+"""What each command is: a line about it, the schema of its options, and what it runs. Imports come with the call."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+STOPPED = 128 + signal.SIGTERM
+
+Values = dict[str, Any]  # option → value
+
+
+@dataclass
+class MergeConfig:
+    """Write the merged model of an adapter, equal to it in logits.
+
+    Parameters
+    ----------
+    model
+        The base: Hub name, local folder, or smollm2-135m.
+    adapter
+        Folder of the adapter, such as out/final.
+    output_dir
+        New folder for the merged model.
+    """
+
+    model: str
+    adapter: str
+    output_dir: str
+
+
+def train(values: Values) -> int:
+    from sparsekv.training.config import TrainConfig
+    from sparsekv.training.run import train
+
+    final = train(TrainConfig(**values))
+    if final is None:
+        return _stopped(STOPPED, "the same command with --resume continues from the checkpoint just written")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(final)
+    return 0
+
+
+def evaluate(values: Values) -> int:
+    from sparsekv.evaluation.matrix.config import EvalConfig
+    from sparsekv.evaluation.matrix.run import evaluate
+
+    number = evaluate(EvalConfig(**values))
+    return 0 if number is None else _stopped(128 + number)
+
+
+def analyze(values: Values) -> int:
+    from sparsekv.analysis.config import AnalysisConfig
+    from sparsekv.analysis.run import analyze
+
+    number = analyze(AnalysisConfig(**values))
+    return 0 if number is None else _stopped(128 + number)
+
+
+def compare(values: Values) -> int:
+    from sparsekv.evaluation.comparison.compare import compare
+
+    compare(values["folders"], values["output"])
+    return 0
+
+
+def report(values: Values) -> int:
+    from sparsekv.report.config import ReportConfig
+    from sparsekv.report.run import report
+
+    for path in report(ReportConfig(**values)):
+        print(path)
+    return 0
+
+
+def merge(values: Values) -> int:
+    from sparsekv.models import merge_adapter
+
+    merge_adapter(values["model"], values["adapter"], values["output_dir"])
+    print(values["output_dir"])
+    return 0
+
+
+def demo(values: Values) -> int:
+    from sparsekv.demo import DemoConfig, demo
+
+    return 0 if demo(DemoConfig(**values)) else _stopped(STOPPED)
+
+
+def _stopped(status: int, way_on: str = "the same command continues") -> int:
+    print(f"stopped; {way_on}", file=sys.stderr)
+    return status
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of `sparsekv`.
+
+    Parameters
+    ----------
+    summary : str
+    run : callable
+        Takes the values of its options, returns the exit status.
+    schema : str, optional
+        Where the dataclass of its options is, as module:name; without one the parser names its arguments.
+    """
+
+    summary: str
+    run: Callable[[Values], int]
+    schema: str | None = None
+
+
+COMMANDS = {
+    "train": Command(
+        "Eviction-invariant training: from text to an adapter.", train, "sparsekv.training.config:TrainConfig"
+    ),
+    "eval": Command(
+        "The press × ratio matrix: what eviction costs a model.",
+        evaluate,
+        "sparsekv.evaluation.matrix.config:EvalConfig",
+    ),
+    "analyze": Command(
+        "What a model attends to, by token class, position, layer and head.",
+        analyze,
+        "sparsekv.analysis.config:AnalysisConfig",
+    ),
+    "compare": Command("Results of base, control and trained side by side: what training changed.", compare),
+    "report": Command("A page of pictures and tables of what was found: one HTML file.", report),
+    "merge": Command("Merge an adapter into its base model.", merge, "sparsekv.commands:MergeConfig"),
+    "demo": Command(
+        "Train a small real model here, compare base, control and trained, make a page.",
+        demo,
+        "sparsekv.demo:DemoConfig",
+    ),
+}
