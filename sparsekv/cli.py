@@ -124,18 +124,23 @@ def one_line(error: Exception) -> str:
     return message
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the `sparsekv` command."""
+def quieten() -> None:
+    """Of what other packages say, keep what matters to a user."""
+    from transformers.utils.logging import disable_progress_bar  # takes seconds, which --help need not wait for
+
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sparsekv").setLevel(logging.INFO)
     logging.getLogger("kvpress").setLevel(logging.ERROR)  # some presses advise whenever one is made
-    from transformers.utils.logging import disable_progress_bar
-
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading weights: hundreds of lines in a log file
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `sparsekv` command."""
     try:
         command, values = parse(sys.argv[1:] if arguments is None else arguments)
+        quieten()
         status = COMMANDS[command].run(values)
     except (UserError, ArgumentError) as error:
         print(f"sparsekv: {one_line(error)}", file=sys.stderr)
