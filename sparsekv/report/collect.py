@@ -155,12 +155,12 @@ def _trainings(folder: Path) -> Iterator[Training]:
         record_file = file.with_name(RECORD)
         if record_file.is_file():
             record = _parse(record_file.read_bytes(), record_file)
-            require(isinstance(record.get("config"), dict), f"{record_file}: corrupt (it has no config)")
+            config = _config(record, record_file)
             *lines, _ = file.read_bytes().split(b"\n")  # a torn last line is being written
             metrics = [_parse(line, file) for line in lines]
             require(all("step" in each for each in metrics), f"{file}: corrupt (a line has no step)")
             if metrics:
-                yield Training(file.parent.name, file.parent, record["config"], record, pd.DataFrame(metrics))
+                yield Training(file.parent.name, file.parent, config, record, pd.DataFrame(metrics))
 
 
 def _named_apart(trainings: Sequence[Training]) -> list[Training]:
@@ -183,6 +183,14 @@ def _parse(text: bytes, file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: corrupt ({error})") from error
     require(isinstance(value, dict), f"{file}: corrupt ({text[:40]!r} is no mapping)")
     return dict(value)
+
+
+def _config(record: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The options in a training's record."""
+    config = record.get("config")
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: corrupt (it has no config)")
+    return config
 
 
 def _by_role(found: Sequence[tuple[Path, Results]]) -> dict[str, EvaluatedRun]:
@@ -208,7 +216,7 @@ def _role(folder: Path, results: Results) -> str:
         return "base"
     record = Path(adapter) / RECORD
     if record.is_file():
-        control = _parse(record.read_bytes(), record).get("config", {}).get("control", False)
+        control = _config(_parse(record.read_bytes(), record), record).get("control", False)
     else:
         control = any("control" in name for name in (folder.name, *Path(adapter).parts[-2:]))
     return "control" if control else "trained"

@@ -13,10 +13,11 @@ from sparsekv.files import write_bytes, write_text
 from sparsekv.report.chart import Chart, Section, TextTable
 from sparsekv.style import paper_style
 
-# What LaTeX reads as its own, and what its fonts lack.
+# What LaTeX reads as its own (after the end of a row a bracket too), and what its fonts lack.
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"<": "$<$", ">": "$>$", "[": "{[}"}
     | {"−": "$-$", "–": "--", "→": r"$\to$", "×": r"$\times$", "▲": r"$\blacktriangle$", "▼": r"$\blacktriangledown$"}
 )
 
@@ -47,14 +48,12 @@ def write_tables(sections: Sequence[Section], folder: Path) -> None:
 
 def latex(table: TextTable) -> str:
     """A table for `\\input`; needs the packages booktabs and amssymb."""
-    header, *rows = (
-        " & ".join(cell.translate(LATEX) for cell in line) + r" \\" for line in (table.header, *table.rows)
-    )
+    header, *rows = (" & ".join(map(_escaped, line)) + r" \\" for line in (table.header, *table.rows))
     lines = [
-        *(f"% {path}" for path in table.sources),
+        *(f"% {_in_one_line(path)}" for path in table.sources),
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{table.title.translate(LATEX)}. {table.caption.translate(LATEX)}}}",
+        rf"\caption{{{_escaped(table.title)}. {_escaped(table.caption)}}}",
         rf"\label{{tab:{table.name}}}",
         rf"\begin{{tabular}}{{{'l' * len(table.header)}}}",
         r"\toprule",
@@ -71,5 +70,14 @@ def latex(table: TextTable) -> str:
 def markdown(table: TextTable) -> str:
     """A heading, the table, its caption and its files."""
     files = "From: " + ", ".join(f"`{path}`" for path in table.sources)
-    parts = [f"## {table.title}", markdown_table(table.header, table.rows), table.caption, files]
+    rows = [list(map(_in_one_line, row)) for row in table.rows]
+    parts = [f"## {table.title}", markdown_table(table.header, rows), table.caption, files]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return _in_one_line(text).translate(LATEX)
+
+
+def _in_one_line(text: object) -> str:
+    return " ".join(str(text).split())

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 
 from sparsekv.style import MARKERS, PALETTE, RUNS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as PaperFigure
 
 FAINT = "rgba(127, 127, 127, 0.25)"  # of lines, on a light page and on a dark one
 PAPER_MARKERS = {"circle": "o", "square": "s", "diamond": "D", "cross": "P", "x": "X", "star": "*"}  # matplotlib's
@@ -93,6 +96,22 @@ def translucent(colour: str, opacity: float = 0.18) -> str:
     """A colour `#rrggbb` that lets the page shine through, as an interval's band has it."""
     red, green, blue = bytes.fromhex(colour.removeprefix("#"))
     return f"rgba({red}, {green}, {blue}, {opacity})"
+
+
+def one_legend(figure: go.Figure) -> go.Figure:
+    """Names each run once, wherever it comes first: not every panel has every run."""
+    named: set[str] = set()
+    for trace in figure.data:
+        if trace.showlegend is None:
+            trace.showlegend = trace.legendgroup not in named
+            named.add(trace.legendgroup)
+    return figure
+
+
+def paper_legend(figure: PaperFigure) -> None:
+    """The same for a figure of several axes on paper, in the first of them."""
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    figure.axes[0].legend(handles=list(lines.values()))
 
 
 def run_looks(runs: Iterable[str]) -> dict[str, tuple[str, str]]:

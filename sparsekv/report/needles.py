@@ -31,7 +31,7 @@ def read_needles(run: EvaluatedRun, file: Path) -> pd.DataFrame:
     """
     again = f"delete {file} and run the same `sparsekv eval` again"
     try:
-        text = dict.fromkeys(("benchmark", "data_dir", "model", "task", "answer"), str)
+        text = dict.fromkeys(("benchmark", "data_dir", "model", ROWS, "task", "answer"), str)
         needles = pd.read_csv(file, dtype=text, keep_default_na=False, na_values={"anchor_distance": [""]})
         needles = needles.astype({"row": int, "depth": float, "anchor_distance": float})
         benchmark, data_dir, model, made_from = needles.iloc[0][["benchmark", "data_dir", "model", ROWS]]
@@ -41,7 +41,7 @@ def read_needles(run: EvaluatedRun, file: Path) -> pd.DataFrame:
     cells = cells[(cells.benchmark == benchmark) & (cells.data_dir == data_dir) & (cells.reason == "")]
     cells = cells[cells.model == model]
     for cell in cells.itertuples():
-        require(cell.settings[ROWS] == made_from, f"{file}: of other rows than {cell.folder}; {again}")
+        require(cell.settings.get(ROWS) == made_from, f"{file}: of other rows than {cell.folder}; {again}")
     answered = [_answered(needles, cell) for cell in cells.itertuples()]
     if not answered:
         return needles.iloc[:0]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TypeVar
 
 import jinja2
 import pandas as pd
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from sparsekv.report.chart import Chart, Section
+from sparsekv.report.chart import Chart, Section, TextTable
 from sparsekv.report.collect import Evidence
 from sparsekv.report.sections import attention, cost, differences, failures, headline, retention, runs, training
 from sparsekv.report.sections.headline import BigFigure
@@ -22,6 +25,8 @@ from sparsekv.version import VERSION, commit
 FILES = Path(__file__).parent / "page"
 BEFORE_VIEWER = (headline, retention, differences, training, attention)
 AFTER_VIEWER = (failures, cost, runs)
+MOST_ROWS = 1000  # of a chart's numbers: a long training has more points than anyone reads
+AnyPart = TypeVar("AnyPart", Chart, TextTable)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Drawn:
     chart: Chart
     figure: Markup
     height: int
+    numbers: str
     header: list[str]
     rows: list[list[str]]
 
@@ -58,22 +64,48 @@ class Page:
 
 def build(evidence: Evidence) -> Page:
     """All sections, in the order of the page."""
-    viewer = build_viewer(evidence)
+    viewer, left_out = build_viewer(evidence)
     parts = [each.build(evidence) for each in BEFORE_VIEWER]
-    parts += [_viewer_section(viewer), *(each.build(evidence) for each in AFTER_VIEWER)]
+    parts += [_viewer_section(viewer, left_out), *(each.build(evidence) for each in AFTER_VIEWER)]
     adapters = [f"{role}: {run.adapter}" for role, run in evidence.runs.items() if run.adapter]
     subtitle = "What eviction of the KV cache costs this model, and what training changed."
     return Page(
-        f"SparseKV: {evidence.model}", " · ".join([subtitle, *adapters]), parts, headline.figures(evidence), viewer
+        f"SparseKV: {evidence.model}",
+        " · ".join([subtitle, *adapters]),
+        _named_apart(parts),
+        headline.figures(evidence),
+        viewer,
     )
 
 
-def _viewer_section(viewer: str) -> Section:
+def _named_apart(sections: Sequence[Section]) -> list[Section]:
+    """Charts and tables of the same name get a number: names of benchmarks may differ in what no file's name holds."""
+    seen: set[str] = set()
+
+    def numbered(each: AnyPart) -> AnyPart:
+        name = each.name
+        for number in itertools.count(2):
+            if name not in seen:
+                break
+            name = f"{each.name}-{number}"
+        seen.add(name)
+        return replace(each, name=name)
+
+    return [
+        replace(section, charts=list(map(numbered, section.charts)), tables=list(map(numbered, section.tables)))
+        for section in sections
+    ]
+
+
+def _viewer_section(viewer: str, left_out: Sequence[Path]) -> Section:
     title = "What is kept"
-    if not viewer:
-        missing = "No view of a context here: `sparsekv eval` keeps one of each benchmark that asks questions."
-        return Section("viewer", title, missing=missing)
-    return Section("viewer", title, "A context of the evaluation, token by token: what a press keeps of it.")
+    files = ", ".join(f"`{path}`" for path in left_out)
+    lacking = f"Left out, to keep this page small: {files}." if left_out else ""
+    if viewer:
+        intro = "A context of the evaluation, token by token: what a press keeps of it."
+        return Section("viewer", title, f"{intro} {lacking}".strip())
+    missing = "No view of a context here: `sparsekv eval` keeps one of each benchmark that asks questions."
+    return Section("viewer", title, missing=lacking or missing)
 
 
 def render(page: Page) -> str:
@@ -102,7 +134,9 @@ def _with_code(text: str) -> Markup:
 
 def _drawn(chart: Chart) -> Drawn:
     figure = Markup(chart.page.to_json().replace("<", "\\u003c"))
-    return Drawn(chart, figure, chart.page.layout.height, list(map(str, chart.data.columns)), text_rows(chart.data))
+    shown, total = chart.data.head(MOST_ROWS), len(chart.data)
+    numbers = "The numbers" if len(shown) == total else f"The first {MOST_ROWS:,} of {total:,} rows of its numbers"
+    return Drawn(chart, figure, chart.page.layout.height, numbers, list(map(str, shown.columns)), text_rows(shown))
 
 
 def text_rows(data: pd.DataFrame) -> list[list[str]]:

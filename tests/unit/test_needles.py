@@ -117,3 +117,5 @@ def test_written_once_and_again_for_other_rows(inputs, tmp_path, monkeypatch):
     (file,) = tmp_path.glob("needles/*")
     file.write_text(file.read_text().replace(first.benchmark_fingerprint[0], "other"))
     assert run(inputs, tmp_path).equals(first)
+    file.write_bytes(b"\xff")
+    assert run(inputs, tmp_path).equals(first)

@@ -127,6 +127,12 @@ def corrupt(file: str, text: str):
     return make
 
 
+def bad_adapter(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "eit_config.json").write_text('{"config": 5}')
+    write_cell(tmp_path / "run", "no_press", 0.0, {"vt": [1]}, adapter=str(tmp_path / "adapter"))
+
+
 def not_text(tmp_path: Path) -> None:
     make_evidence(tmp_path)
     (tmp_path / "trained" / "eit_config.json").write_bytes(b"\xff")
@@ -162,6 +168,7 @@ REFUSED = {
     "a record that is no text": (not_text, "eit_config.json: corrupt"),
     "a record of nothing": (corrupt("trained/eit_config.json", "[]"), "eit_config.json: corrupt"),
     "a record without options": (corrupt("trained/eit_config.json", "{}"), "eit_config.json: corrupt"),
+    "an adapter's record without options": (bad_adapter, "adapter/eit_config.json: corrupt"),
     "a line without a step": (corrupt("trained/metrics.jsonl", '{"ce": 1}\n'), "metrics.jsonl: corrupt"),
     "corrupt metrics": (corrupt("trained/metrics.jsonl", '{"step"\n'), "metrics.jsonl: corrupt"),
     "corrupt metrics of another kind": (corrupt("trained/metrics.jsonl", "3\n"), "metrics.jsonl: corrupt"),

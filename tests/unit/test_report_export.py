@@ -1,5 +1,6 @@
 """Charts and tables as files."""
 
+import dataclasses
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -81,6 +82,13 @@ def test_latex_reads_text_as_text():
     assert r"\textbackslash{}\{\textasciitilde{}\textasciicircum{}$<$ &  \\" in lines
     assert lines[0] == "% out/a_b"
     assert lines.count(r"\begin{tabular}{ll}") == lines.count(r"\end{tabular}") == 1
+
+
+def test_a_line_break_or_a_bracket_breaks_no_table():
+    table = dataclasses.replace(TABLE, sources=(Path("a\nb"),), rows=[["[1]\n\nx", "a\u2028b"]])
+    assert "% a b" in latex(table).splitlines()
+    assert r"{[}1] x & a b \\" in latex(table).splitlines()
+    assert "| [1] x | a b |" in markdown(table).splitlines()
 
 
 def test_markdown_keeps_its_columns():

@@ -131,6 +131,14 @@ def test_bad_needles_are_one_line(tmp_path, change, message):
         build(folder)
 
 
+def test_a_fingerprint_that_looks_like_a_number_is_text(tmp_path):
+    folder = write_run(tmp_path / "base")
+    for file in (*folder.glob("*/config.yaml"), *folder.glob("needles/*")):
+        text = file.read_text().replace("benchmark_fingerprint: f", "benchmark_fingerprint: '012'")
+        file.write_text(text.replace('"f"', '"012"'))
+    assert build(folder).charts
+
+
 @pytest.mark.parametrize(("died", "n"), [(0, 1), (3, 7), (50, 50), (1, 2)])
 def test_interval_is_wilsons(died, n):
     interval = binomtest(died, n).proportion_ci(0.95, method="wilson")

@@ -154,6 +154,24 @@ def test_without_charts_no_plotly(tmp_path):
     assert len(render.render(page)) < 100_000
 
 
+def test_benchmarks_whose_names_no_file_can_hold_have_charts_of_their_own(tmp_path):
+    for name in ("тест", "другой", "my set", "my-set"):
+        for press, ratio in (("no_press", 0.0), ("knorm", 0.5)):
+            write_cell(tmp_path / "base", press, ratio, {"vt": [100, 50]}, data=(name, None))
+    page = render.build(collect([tmp_path]))
+    parts = [part for section in page.sections for part in (*section.charts, *section.tables)]
+    assert len(parts) == 4 * 3 + 1  # a retention chart, a headline and a cost table each
+    assert len({part.name for part in parts}) == len(parts)
+
+
+def test_a_long_table_of_numbers_breaks_off_and_says_so(page, monkeypatch):
+    monkeypatch.setattr(render, "MOST_ROWS", 3)
+    html = render.render(page)
+    long = [chart for section in page.sections for chart in section.charts if len(chart.data) > 3]
+    assert html.count("<summary>The first 3 of ") == len(long) > 3
+    assert html.count("<summary>The numbers<") == sum(len(s.charts) for s in page.sections) - len(long)
+
+
 def test_numbers_are_short():
     table = pd.DataFrame({"run": ["base", None], "score": [1 / 3, float("nan")], "n": [5, 6]})
     assert render.text_rows(table) == [["base", "0.3333", "5"], ["–", "–", "6"]]

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cells import write_cell
+from matplotlib.figure import Figure
 
 from sparsekv.report.collect import Evidence, collect
 from sparsekv.report.sections import cost, differences, headline, retention, runs
+from sparsekv.style import paper_style
 
 NOTHING = Evidence({}, [], [], [])
 TEXT = {"data": ("perplexity", None), "metrics": ("nll",)}
@@ -134,6 +136,39 @@ def test_less_is_a_gain_where_lower_is_better(evidence):
     cell = chart.data.set_index("cell").loc["snapkv, 50%"]
     assert (cell.difference, cell.gain) == (pytest.approx(-0.5), pytest.approx(0.5))
     assert set(chart.data.task) == {"text"}, "one task is its own average"
+
+
+def test_ratios_and_tasks_that_look_alike_stay_apart(tmp_path):
+    tasks = {f"{'long' * 10} {end}": GOOD for end in "ab"}
+    for run, adapter in (("base", None), ("trained", "t/final")):
+        write_cell(tmp_path / run, "no_press", 0.0, tasks, adapter=adapter)
+        for ratio in (0.125, 0.13, 0.29):
+            write_cell(tmp_path / run, "knorm", ratio, tasks, adapter=adapter)
+    (chart,) = differences.build(collect([tmp_path])).charts
+    (grid,) = chart.page.data
+    assert list(grid.y) == ["full cache", "knorm, 12.5%", "knorm, 13%", "knorm, 29%"]
+    assert list(grid.x) == [*tasks, "all tasks"]
+    assert chart.page.layout.xaxis.tickvals == grid.x
+    assert [len(name) for name in chart.page.layout.xaxis.ticktext] == [differences.LONGEST] * 2 + [len("all tasks")]
+
+
+def test_a_run_without_the_first_press_is_in_the_legend(tmp_path):
+    for run, adapter, presses in (("base", None, ("keydiff", "knorm")), ("trained", "t/final", ("knorm",))):
+        for press, ratio in (("no_press", 0.0), *((press, 0.5) for press in presses)):
+            write_cell(tmp_path / run, press, ratio, {"vt": GOOD}, adapter=adapter)
+    (chart,) = retention.build(collect([tmp_path])).charts
+    assert [trace.name for trace in chart.page.data if trace.showlegend] == ["base", "trained"]
+    figure = Figure()
+    with paper_style():
+        chart.draw(figure)
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["base", "trained"]
+
+
+def test_a_headline_names_the_folders_of_its_own_runs(tmp_path):
+    for run, adapter in (("base", None), ("one", "one/final"), ("two", "two/final")):
+        write_cell(tmp_path / run, "no_press", 0.0, {"vt": GOOD}, adapter=adapter)
+    sources = [[path.name for path in table.sources] for table in headline.build(collect([tmp_path])).tables]
+    assert sources == [["base", "one"], ["base", "two"]]
 
 
 def test_long_names_leave_room():

@@ -1,8 +1,10 @@
 """What the training and attention charts and the token viewer take from their files."""
 
 import base64
+import dataclasses
 import gzip
 import json
+import re
 
 import evidence
 import numpy as np
@@ -12,7 +14,8 @@ from matplotlib.figure import Figure
 
 from sparsekv.analysis.summary import CLASS_FIGURE
 from sparsekv.errors import UserError
-from sparsekv.evaluation.matrix.views import load_view
+from sparsekv.evaluation.matrix.views import load_view, save_view
+from sparsekv.report import render
 from sparsekv.report.collect import Evidence, collect
 from sparsekv.report.sections import attention, training, viewer
 from sparsekv.style import paper_style
@@ -109,8 +112,30 @@ def test_several_analyses_have_charts_of_their_own(results):
     assert len(names) == len(set(names)) == 2 * len(attention.CHARTS)
 
 
+def test_analyses_in_folders_of_one_name_are_told_apart(tmp_path):
+    for place in ("one", "two"):
+        evidence.write_analysis(tmp_path / place / "my <attention>")
+    charts = [chart for section in render.build(collect([tmp_path])).sections for chart in section.charts]
+    assert len({chart.name for chart in charts}) == len({chart.title for chart in charts}) == 2 * len(attention.CHARTS)
+    assert all(re.fullmatch(r"[\w.-]+", chart.name) for chart in charts)
+
+
+def test_a_run_that_only_a_later_panel_has_is_in_the_legend(results):
+    file = results / "control" / "metrics.jsonl"
+    lines = [{key: value for key, value in json.loads(line).items() if key != "ce"} for line in file.open()]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = charts(training.build(collect([results])))["training_loss"]
+    named = [trace.name for trace in made.page.data if trace.showlegend]
+    assert sorted(named) == ["control", "trained"]
+    figure = Figure()
+    with paper_style():
+        made.draw(figure)
+    legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    assert [text.get_text() for legend in legends for text in legend.get_texts()] == ["trained", "control"]
+
+
 def payload(results):
-    return json.loads(viewer.build_viewer(collect([results])))
+    return json.loads(viewer.build_viewer(collect([results]))[0])
 
 
 def test_viewer_payload_is_the_views_and_the_answers(results):
@@ -130,7 +155,7 @@ def test_viewer_payload_is_the_views_and_the_answers(results):
 
 
 def test_viewer_payload_cannot_end_its_script(results):
-    assert "<" not in viewer.build_viewer(collect([results]))
+    assert "<" not in viewer.build_viewer(collect([results]))[0]
 
 
 def test_viewer_leaves_out_what_does_not_fit_and_says_so(results, monkeypatch):
@@ -143,15 +168,49 @@ def test_viewer_leaves_out_what_does_not_fit_and_says_so(results, monkeypatch):
         (cell["press"], cell["compression_ratio"]) for cell in view["not_shown"] if cell["reason"] == viewer.LEFT_OUT
     }
     assert hidden == {("knorm", 0.25), ("snapkv", 0.25)}
-    monkeypatch.setattr(viewer, "BUDGET", 1)
-    assert len(payload(results)["views"][0]["cells"]) == 1
+    monkeypatch.setattr(viewer, "BUDGET", 3 * (room - 1))
+    assert all(len(view["cells"]) == 1 for view in payload(results)["views"])
+
+
+def test_viewer_never_takes_more_than_its_room(results, monkeypatch):
+    room = len(payload(results)["views"][0]["received"]) + len(payload(results)["views"][0]["cells"][0]["kept"])
+    monkeypatch.setattr(viewer, "BUDGET", 2 * room)
+    text, left_out = viewer.build_viewer(collect([results]))
+    assert [view["run"] for view in json.loads(text)["views"]] == ["base", "control"]
+    assert [path.parts[-3] for path in left_out] == ["trained"]
+    monkeypatch.setattr(viewer, "BUDGET", room - 1)
+    page = render.build(collect([results]))
+    assert page.viewer == ""
+    (section,) = [section for section in page.sections if section.key == "viewer"]
+    assert all(str(path) in section.missing for path in results.glob("evaluation/*/views/*"))
+
+
+def test_viewer_shows_answers_as_they_were_written(results):
+    for file in results.glob("evaluation/base/*/predictions.csv"):
+        pd.read_csv(file).assign(predicted_answer="0042").to_csv(file, index=False)
+    (view,) = [view for view in payload(results)["views"] if view["run"] == "base"]
+    assert (view["full"]["answer"], view["cells"][0]["answer"]) == ("0042", "0042")
+
+
+def test_viewer_shows_nothing_of_another_run_of_the_folder(results):
+    view = evidence.make_view(0, "")
+    other = dataclasses.replace(view, benchmark="of-another-run")
+    save_view(results / "evaluation" / "base" / "views" / "other.json.gz", other)
+    assert len(payload(results)["views"]) == len(evidence.RUNS)
+
+
+def test_a_view_of_other_rows_is_one_line(results):
+    file = next(results.glob("evaluation/base/views/*"))
+    save_view(file, dataclasses.replace(load_view(file), row=12))  # its task is another
+    with pytest.raises(UserError, match=rf"^{file}: of other rows than [^\n]+$"):
+        viewer.build_viewer(collect([results]))
 
 
 def test_viewer_without_views_is_empty(results):
-    assert viewer.build_viewer(NOTHING) == ""
+    assert viewer.build_viewer(NOTHING) == ("", [])
     for file in results.glob("evaluation/*/views/*"):
         file.unlink()
-    assert viewer.build_viewer(collect([results])) == ""
+    assert viewer.build_viewer(collect([results])) == ("", [])
 
 
 def test_a_view_of_another_version_is_one_line(results):

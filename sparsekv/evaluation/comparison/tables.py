@@ -181,8 +181,8 @@ def benchmark_name(row: Mapping[str, Any]) -> str:
 
 
 def cell_name(row: Mapping[str, Any]) -> str:
-    """`snapkv, 50%`."""
-    return "full cache" if row["press"] == NO_PRESS else f"{row['press']}, {row['compression_ratio']:.0%}"
+    """`snapkv, 50%`; cells of different ratios never share a name."""
+    return "full cache" if row["press"] == NO_PRESS else f"{row['press']}, {100 * row['compression_ratio']:.10g}%"
 
 
 def score_form(row: Mapping[str, Any], sign: str = "") -> str:

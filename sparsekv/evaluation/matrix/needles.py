@@ -60,7 +60,7 @@ def _is_there(job: Job) -> bool:
     try:
         with needle_file(job).open(encoding="utf-8", newline="") as file:
             return next(csv.DictReader(file))["benchmark_fingerprint"] == job.encoder.benchmark.fingerprint
-    except (FileNotFoundError, StopIteration, KeyError):
+    except (FileNotFoundError, StopIteration, KeyError, ValueError, csv.Error):
         return False
 
 

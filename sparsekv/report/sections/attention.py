@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from sparsekv.analysis.output import ANALYSIS, HEADS
 from sparsekv.analysis.recommend import RECENT_HOLDS, recent_distance
 from sparsekv.analysis.summary import CLASS_FIGURE
 from sparsekv.analysis.tables import sentences
+from sparsekv.report.cells import file_stem
 from sparsekv.report.chart import Chart, Section
 from sparsekv.report.collect import AttentionAnalysis, Evidence
 from sparsekv.report.look import add_colour_bar, page_figure, panel_axes, panels, translucent
@@ -38,10 +40,10 @@ def build(evidence: Evidence) -> Section:
     several = len(evidence.attention) > 1
     charts, said = [], []
     for each in evidence.attention:
-        suffix = f"_{each.folder.name}" if several else ""
-        charts += [make(each, f"{name}{suffix}") for name, make in CHARTS.items()]
+        made = [make(each, file_stem(name, each.folder.name if several else "")) for name, make in CHARTS.items()]
+        charts += [replace(chart, title=f"{chart.title}: {each.folder}") if several else chart for chart in made]
         measured = f"{each.analysis['num_samples']} rows of {each.analysis['max_len']} tokens"
-        said.append(f"{each.folder.name}: {measured}" if several else f"Measured on {measured}")
+        said.append(f"{each.folder}: {measured}" if several else f"Measured on {measured}")
         said += [sentence[0].upper() + sentence[1:] for sentence in sentences(each.analysis)]
     return Section("attention", TITLE, ". ".join(said) + ".", charts)
 

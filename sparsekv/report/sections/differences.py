@@ -66,7 +66,7 @@ def chart(evidence: Evidence, analysis: Analysis, table: pd.DataFrame, other: st
     first = {**table.iloc[0], "data_dir": table.suite.iloc[0]}
     data = differences(table, other)
     caption = (
-        f"Score of {analysis.role} less {other}'s on the same rows; the sign is turned where lower is better. "
+        f"Score of {analysis.role} less {other}'s on the same rows; where lower is better, purple is below 0. "
         "p: two-sided paired sign-flip test, Holm-adjusted over the cells of the run."
     )
 
@@ -131,7 +131,7 @@ def _page(data: pd.DataFrame) -> go.Figure:
     }
     figure.add_heatmap(
         z=grids["gain"],
-        x=[plain(shortened(task)) for task in tasks],
+        x=[plain(task) for task in tasks],
         y=[plain(cell) for cell in cells],
         text=grids["mark"].fillna("") if len(tasks) > ROOM_FOR_VALUES else grids["mark"] + " " + grids["value"],
         customdata=grids["hover"],
@@ -146,7 +146,8 @@ def _page(data: pd.DataFrame) -> go.Figure:
         ygap=2,
     )
     add_colour_bar(figure, "better →")
-    figure.update_xaxes(type="category", showgrid=False, dtick=1)
+    short = [plain(shortened(task)) for task in tasks]
+    figure.update_xaxes(type="category", showgrid=False, tickvals=figure.data[0].x, ticktext=short)
     figure.update_yaxes(type="category", showgrid=False, dtick=1, autorange="reversed")
     return figure
 

@@ -39,13 +39,15 @@ def build(evidence: Evidence) -> Section:
     title = "Headline"
     if not evidence.analyses:
         return Section("headline", title, missing="No finished cell here: `sparsekv eval --out DIR` evaluates a model.")
-    sources = tuple(run.folder for run in evidence.runs.values())
-    tables = [
-        TextTable(file_stem("headline", analysis.role, *place), table.title, CAPTION, sources, table.header, table.rows)
-        for analysis in evidence.analyses
-        for place, table in headlines(analysis).items()
-    ]
+    tables = [table for analysis in evidence.analyses for table in _tables(evidence, analysis)]
     return Section("headline", title, " ".join([INTRO, *_lacking(list(evidence.runs.values()))]), tables=tables)
+
+
+def _tables(evidence: Evidence, analysis: Analysis) -> Iterator[TextTable]:
+    for place, table in headlines(analysis).items():
+        name = file_stem("headline", analysis.role, *place)
+        sources = tuple(evidence.runs[role].folder for role in table.header[1:])
+        yield TextTable(name, table.title, CAPTION, sources, table.header, table.rows)
 
 
 def _lacking(runs: list[EvaluatedRun]) -> Iterator[str]:

@@ -15,7 +15,16 @@ from sparsekv.evaluation.comparison.tables import benchmark_name, cell_name, fig
 from sparsekv.report.cells import chart_name, predictions
 from sparsekv.report.chart import Chart, Section
 from sparsekv.report.collect import Evidence
-from sparsekv.report.look import PAPER_MARKERS, panel_axes, panels, plain, run_looks, translucent
+from sparsekv.report.look import (
+    PAPER_MARKERS,
+    one_legend,
+    panel_axes,
+    panels,
+    paper_legend,
+    plain,
+    run_looks,
+    translucent,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,10 +106,10 @@ def _page(data: pd.DataFrame, metric: str) -> go.Figure:
         figure.add_scatter(y=curve.ci_high.fillna(curve.score), **band, **edge, **both)
         line = {"mode": "lines+markers", "line": {"color": colour}, "marker": {"symbol": marker, "size": 8}}
         hover = {"text": [_hover(row) for row in curve.to_dict("records")], "hoverinfo": "text+name"}
-        figure.add_scatter(y=curve.score, showlegend=number == 0, **line, **hover, **both)
+        figure.add_scatter(y=curve.score, **line, **hover, **both)
     figure.update_xaxes(tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(matches="y")
-    return figure
+    return one_legend(figure)
 
 
 def _draw(figure: PaperFigure, data: pd.DataFrame, metric: str) -> None:
@@ -116,7 +125,7 @@ def _draw(figure: PaperFigure, data: pd.DataFrame, metric: str) -> None:
         axes.set_title(press)
     figure.supxlabel("compression ratio")
     figure.supylabel(metric)
-    grid.flat[0].legend()
+    paper_legend(figure)
 
 
 def _draw_press(axes: Axes, data: pd.DataFrame, looks: dict[str, tuple[str, str]]) -> None:

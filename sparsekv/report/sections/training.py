@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from sparsekv.report.chart import Chart, Section
 from sparsekv.report.collect import Evidence, Training
-from sparsekv.report.look import panel_axes, panels, plain, run_looks
+from sparsekv.report.look import one_legend, panel_axes, panels, paper_legend, plain, run_looks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as PaperFigure
@@ -81,7 +81,7 @@ def chart(trainings: Sequence[Training], name: str, title: str, keys: Panels, ca
             for run, group in data[data.figure == key].groupby("training", sort=False):
                 axes.plot(group.step, group.value, color=looks[str(run)][0], label=str(run), marker=".")
             axes.set(title=label, xlabel="step")
-        figure.axes[0].legend()
+        paper_legend(figure)
 
     sources = tuple(each.folder / METRICS for each in trainings)
     return Chart(name, title, caption, sources, data, _page(data, logged), draw)
@@ -110,12 +110,11 @@ def _page(data: pd.DataFrame, logged: Panels) -> go.Figure:
                 y=group.value,
                 name=plain(run),
                 legendgroup=str(run),
-                showlegend=number == 0,
                 mode="lines+markers",
                 line={"color": colour},
                 marker={"symbol": marker, "size": 7},
                 hovertemplate="step %{x}: %{y:.4g}<extra>%{fullData.name}</extra>",
             )
             figure.add_trace(trace.update(panel_axes(number)))
-    figure.update_xaxes(rangemode="tozero")
+    one_legend(figure).update_xaxes(rangemode="tozero")
     return figure.update_yaxes(exponentformat="e", tickformat=".2~%" if logged.keys() <= KEEP_RATIO.keys() else "")
