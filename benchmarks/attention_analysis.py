@@ -19,34 +19,23 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from shapes import SHAPES, make_model
 from transformers.utils.logging import disable_progress_bar
 
 from sparsekv.analysis.head_statistics import HeadStatistics
 from sparsekv.anchors import AnchorConfig
 from sparsekv.files import fill_block
-from sparsekv.models import load_model
 from sparsekv.observe import observing
 from sparsekv.tokens import TokenClass
 from sparsekv.version import commit
 
 LENGTHS = {"cpu": (512, 1024, 2048, 4096), "cuda": (4096, 8192, 16_384, 32_768)}
 WARM_UP = 64  # tokens
-QWEN3_8B = {
-    "vocab_size": 151_936,
-    "hidden_size": 4096,
-    "intermediate_size": 12_288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40_960,
-}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("smollm2-135m", "qwen3-8b"), default="smollm2-135m")
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of a row; default: four, by device")
     parser.add_argument("--doc", type=Path, help="Markdown file whose block for this device is replaced")
@@ -71,7 +60,7 @@ def measure_alone(options: argparse.Namespace, length: int) -> dict[str, Any]:
 def measure(shape: str, device: str, length: int) -> dict[str, Any]:
     """Analyse one row: its length, seconds, peak bytes above the model, and what they were measured on."""
     disable_progress_bar()
-    model = make_model(shape, device)
+    model = make_model(shape, "float32" if shape == SHAPES[0] else "bfloat16", device)
     analyse(model, WARM_UP)
     before = reset_peak(device)
     start = time.perf_counter()
@@ -79,17 +68,6 @@ def measure(shape: str, device: str, length: int) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {"length": length, "seconds": seconds, "bytes": peak(device) - before, "device": name}
-
-
-def make_model(shape: str, device: str) -> PreTrainedModel:
-    """The demo model in float32, or an 8B's shape in bfloat16 with random weights made on the device."""
-    if shape == "smollm2-135m":
-        return load_model(shape, "float32", device)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        model = Qwen3ForCausalLM(Qwen3Config(**QWEN3_8B))
-    torch.set_default_dtype(torch.float32)
-    return model.eval()
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from kvpress import KVPressTextGenerationPipeline
 from rich.console import Console
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from shapes import SHAPES, make_model
 from transformers.utils.logging import disable_progress_bar
 
 from sparsekv.evaluation.benchmarks.registry import load_benchmark
@@ -29,28 +29,18 @@ from sparsekv.evaluation.engine.engine import Engine
 from sparsekv.evaluation.engine.prompts import encode_prompt
 from sparsekv.evaluation.engine.work import FULL_CACHE, Answer, Cell, ContextWork, Question
 from sparsekv.files import fill_block
-from sparsekv.models import load_model, load_tokenizer
+from sparsekv.models import load_tokenizer
 from sparsekv.presses import make_press
 from sparsekv.version import commit
 
 PRESSES = ("snapkv", "streaming_llm", "critical_snapkv", "knorm")
 CELLS = [FULL_CACHE, *(Cell(press, ratio) for press in PRESSES for ratio in (0.3, 0.5, 0.7))]
 TASKS = ("niah_single_2", "niah_multikey_1", "vt", "qa_1")
-QWEN3_8B = {
-    "vocab_size": 151_936,
-    "hidden_size": 4096,
-    "intermediate_size": 12_288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "eos_token_id": None,  # random weights would stop anywhere
-}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("smollm2-135m", "qwen3-8b"), default="smollm2-135m")
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--context_length", type=int, default=1024)
     parser.add_argument("--num_samples", type=int, default=1, help="contexts of each of the four tasks")
     parser.add_argument("--dtype", default="float32")
@@ -77,18 +67,6 @@ def main() -> None:
     Console().print(text, highlight=False)
     if options.doc:
         fill_block(options.doc, f"eval_matrix {options.shape} {options.device}", text)
-
-
-def make_model(shape: str, dtype: str, device: str) -> PreTrainedModel:
-    """The demo model, or an 8B's shape with random weights made on the device."""
-    if shape == "smollm2-135m":
-        model: Any = load_model(shape, dtype)
-        return model.to(device)
-    torch.set_default_dtype(getattr(torch, dtype))
-    with torch.device(device):
-        model = Qwen3ForCausalLM(Qwen3Config(**QWEN3_8B))
-    torch.set_default_dtype(torch.float32)
-    return model.eval()
 
 
 def kvpress_answers(model: Any, tokenizer: Any, rows: list[dict], cells: list[Cell]) -> Iterator[tuple[Any, str]]:
