@@ -122,8 +122,13 @@ def _limit(data: pd.DataFrame) -> float:
     return float(data.gain.abs().max()) or 1.0
 
 
+def _axes(data: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Cells from top to bottom, and tasks from left to right: the average comes last."""
+    return list(dict.fromkeys(data.cell)), sorted(set(data.task), key=lambda task: (task == ALL_TASKS, task))
+
+
 def _page(data: pd.DataFrame) -> go.Figure:
-    cells, tasks = list(dict.fromkeys(data.cell)), sorted(set(data.task), key=lambda task: (task == ALL_TASKS, task))
+    cells, tasks = _axes(data)
     figure = page_figure(height=ROW * len(cells) + 150)
     grids = {
         name: data.pivot(index="cell", columns="task", values=name).reindex(index=cells, columns=tasks)
@@ -153,7 +158,7 @@ def _page(data: pd.DataFrame) -> go.Figure:
 
 
 def _draw(figure: PaperFigure, data: pd.DataFrame) -> None:
-    cells, tasks = list(dict.fromkeys(data.cell)), sorted(set(data.task), key=lambda task: (task == ALL_TASKS, task))
+    cells, tasks = _axes(data)
     figure.set_size_inches(0.45 * len(tasks) + 2.4, 0.22 * len(cells) + 1.2)
     axes = figure.subplots()
     grid = data.pivot(index="cell", columns="task", values="gain").reindex(index=cells, columns=tasks)
