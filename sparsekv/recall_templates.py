@@ -107,6 +107,18 @@ GROUPS = (
     ("{f}:", "  {k}: {v}"),
     ("Entries under “{a}”:", "({e}) {v}"),
 )
+SCENES = (  # {v} is another entity; no attribute is told
+    "{E} stood beside {v} all morning.",
+    "Rain fell, and {e} was left with {v}.",
+    "Later {e} came back to {v}.",
+    "{E} had nothing to do with {v}.",
+    "They walked from {e} to {v} and rested.",
+    "Between {e} and {v} there was only a fence.",
+    "{E} asked after {v} once more.",
+    "On Mondays {e} comes before {v}.",
+    "No letter arrived for {e}, and none for {v}.",
+    "{E} was painted next to {v}.",
+)
 PLAIN_TURNS = (
     "\n\nQ: {q}\nA: {a}",
     "\n\nQuestion: {q}\nReply: {a}",
@@ -163,13 +175,14 @@ NOUNS = _words(
     "pebble thistle barley button copper walnut marble ginger anchor blanket compass dragonfly ember falcon"
 )
 VERBS = _words("follow carry open find paint keep leave borrow mend count return lift")
+DEEDS = _words("brought sold lost repaired sent promised lent found moved lifted")
 MONTHS = _words("January February March April May June July August September October November December")
 
 Draw = Callable[[random.Random], str]
 
 
 def _number(r: random.Random) -> str:
-    value = r.randrange(10 ** (digits := r.randint(1, 8)), 10 ** (digits + 1))
+    value = r.randrange(10 ** (digits := r.randint(0, 9)), 10 ** (digits + 1))
     return f"{value:,}" if r.random() < 0.1 else str(value)
 
 
@@ -199,9 +212,24 @@ def _phrase(r: random.Random) -> str:
     return _join(VERBS, ("the",), ADJECTIVES, NOUNS, ("before", "after", "near"), TOWNS)(r)
 
 
+def _uuid(r: random.Random) -> str:
+    return "-".join("".join(r.choices("0123456789abcdef", k=length)) for length in (8, 4, 4, 4, 12))
+
+
+def _statement(r: random.Random) -> str:
+    who, what = _join(ADJECTIVES, ROLES)(r), _join(COLOURS, THINGS)(r)
+    return f"the {who} {r.choice(DEEDS)} the {what} {r.choice(('from', 'to', 'in'))} {r.choice(TOWNS)}"
+
+
+def _time(r: random.Random) -> str:
+    minute = f"{r.randint(0, 59):02}"
+    return r.choice((f"{r.randint(0, 23)}:{minute}", f"{r.randint(1, 12)}:{minute} {r.choice(('am', 'pm'))}"))
+
+
 VALUES: dict[str, Draw] = {
     "number": _number,
     "code": _code,
+    "uuid": _uuid,
     "word": lambda r: r.choice((r.choice(NOUNS) + " " + r.choice(NOUNS), _syllables(r), _syllables(r).capitalize())),
     "name": _join(FIRST_NAMES, LAST_NAMES),
     "colour": _join(SHADES, COLOURS),
@@ -209,13 +237,14 @@ VALUES: dict[str, Draw] = {
         (f"{r.choice(('Upper', 'Old', 'New', 'Saint', 'Little'))} {r.choice(TOWNS)}", r.choice(TOWNS))
     ),
     "date": _date,
-    "time": lambda r: f"{r.randint(0, 23)}:{r.randint(0, 59):02}",
+    "time": _time,
     "money": lambda r: f"{r.choice('$€£')}{r.randint(2, 9_999):,}.{r.randint(0, 99):02}",
     "measure": lambda r: (
         f"{r.randint(2, 999)}{r.choice(('', '.5'))} {r.choice(('kg', 'm', 'litres', 'km', 'hours', '%'))}"
     ),
     "version": lambda r: ".".join(str(r.randint(0, 30)) for _ in range(3)),
     "phrase": _phrase,
+    "statement": _statement,
     "list": lambda r: ", ".join(r.sample(NOUNS, 3)),
     "address": lambda r: f"{r.randint(1, 240)} {r.choice(LAST_NAMES)} {r.choice(('Street', 'Road', 'Lane'))}",
     "mail": lambda r: f"{_syllables(r)}.{_syllables(r)}@{r.choice(TOWNS).lower()}.example",
@@ -248,23 +277,26 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "badge number": "number", "locker code": "code", "phone extension": "number", "favourite colour": "colour",
         "home town": "town", "birthday": "date", "middle name": "word", "call sign": "word", "seat": "code",
         "usual order": "list", "next appointment": "time", "mentor": "name", "motto": "phrase", "address": "address",
-        "mail address": "mail", "monthly wage": "money", "height": "measure",
+        "mail address": "mail", "monthly wage": "money", "height": "measure", "account key": "uuid",
+        "last remark": "statement",
     },
     "place": {
         "gate code": "code", "opening hour": "time", "caretaker": "name", "wall colour": "colour", "capacity": "number",
         "postal code": "code", "founding date": "date", "nearest stop": "town", "inventory": "list",
         "inscription": "phrase", "yearly rent": "money", "location": "position", "length": "measure",
-        "nickname": "word",
+        "nickname": "word", "sensor id": "uuid", "latest news": "statement", "closing hour": "time",
     },
     "thing": {
         "serial number": "number", "weight": "measure", "owner": "name", "shelf": "code", "price": "money",
         "delivery date": "date", "destination": "town", "label": "word", "contents": "list", "maker": "word",
         "tracking number": "number", "lining": "colour", "instruction": "phrase", "return address": "address",
+        "registration key": "uuid", "history": "statement", "pickup time": "time",
     },
     "project": {
         "budget": "money", "deadline": "date", "lead": "name", "ticket": "code", "release": "version", "region": "town",
         "slogan": "phrase", "build hash": "code", "contact": "mail", "head count": "number", "duration": "measure",
         "materials": "list", "code word": "word", "site": "position", "meeting time": "time",
+        "licence key": "uuid", "summary": "statement",
     },
 }  # fmt: skip
 
@@ -288,4 +320,4 @@ def templates() -> list[str]:
     """Every wording that a recall row can contain, for tests that compare it with evaluation tasks."""
     groups = [text for pair in GROUPS for text in pair]
     questions = [*QUESTIONS, *REVERSE_QUESTIONS, *COPY_QUESTIONS, *QUOTE_QUESTIONS, *LIST_QUESTIONS]
-    return [*SENTENCES, *LINES, *groups, *questions, *ANSWERS, *PLAIN_TURNS]
+    return [*SENTENCES, *LINES, *groups, *questions, *ANSWERS, *SCENES, *PLAIN_TURNS]
