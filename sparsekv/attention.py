@@ -7,6 +7,7 @@ the fast path and must equal them in values and gradients.
 Shapes: B batch, H query heads, G key/value heads, L tokens, D head dimension, C = cut, n = entries kept.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -132,12 +133,16 @@ def two_region_attention(
     [B, H, L, D]
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves them in fp32 after the rotary embedding
-    first = slice(cuts[0])
-    out = [causal_attention(query[:, :, first], key[:, :, first], value[:, :, first], scaling, dropout)]
-    for keep, count, start, stop in zip(keeps, counts, cuts, [*cuts[1:], query.shape[2]], strict=True):
-        index = kept_indices(keep, count)[..., None].expand(-1, -1, -1, key.shape[-1])
-        keys, values = (torch.cat((x[:, :, :start].gather(2, index), x[:, :, start:stop]), dim=2) for x in (key, value))
-        out.append(causal_attention(query[:, :, start:stop], keys, values, scaling, dropout))
+    sizes = [stop - start for start, stop in itertools.pairwise([0, *cuts, query.shape[2]])]
+    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))  # one backward for all slices
+    index = torch.cat([kept_indices(keep, count) for keep, count in zip(keeps, counts, strict=True)], dim=-1)
+    index = index[..., None].expand(-1, -1, -1, key.shape[-1])
+    kept_keys, kept_values = (x.gather(2, index).split(list(counts), dim=2) for x in (key, value))
+    out = [causal_attention(queries[0], keys[0], values[0], scaling, dropout)]
+    for segment, kept_key, kept_value in zip(range(1, len(sizes)), kept_keys, kept_values, strict=True):
+        seen_keys = torch.cat((kept_key, keys[segment]), dim=2)
+        seen_values = torch.cat((kept_value, values[segment]), dim=2)
+        out.append(causal_attention(queries[segment], seen_keys, seen_values, scaling, dropout))
     return torch.cat(out, dim=2)
 
 

@@ -6,6 +6,7 @@ Shapes: B batch, H query heads, G key/value heads, L tokens, D head dimension, b
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,13 @@ PROBE_TOKENS = 4
 
 # layer index, query [B, H, L, D], key and value [B, G, L, D] (after the rotary embedding), factor on the logits
 Receiver = Callable[[int, Tensor, Tensor, Tensor, float], None]
+
+
+@dataclass(frozen=True)
+class _Observer:
+    """What a forward pass carries to its layers. For another function a compiled layer would be compiled anew."""
+
+    receive: Receiver
 
 
 @contextlib.contextmanager
@@ -53,7 +61,7 @@ def observing(model: nn.Module, receive: Receiver) -> Iterator[None]:
         base.set_attn_implementation(IMPLEMENTATION)
 
         def pass_on(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            return args, {**kwargs, "receive": receive}
+            return args, {**kwargs, "observer": _Observer(receive)}
 
         stack.callback(base.get_decoder().register_forward_pre_hook(pass_on, with_kwargs=True).remove)
         yield
@@ -65,7 +73,7 @@ def _observed_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    receive: Receiver | None = None,
+    observer: _Observer | None = None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -76,10 +84,17 @@ def _observed_attention(
         raise ValueError("attention that looks ahead, as an encoder's does, cannot be observed")
     if attention_mask is not None:  # SDPA gets none where attention is plain causal
         raise ValueError("attention with a mask of its own (padding, a sliding window) cannot be observed")
-    if receive is not None:
-        layer: Any = module.layer_idx
-        receive(layer, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if observer is not None:
+        _hand_over(observer, module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
+
+
+@torch.compiler.disable  # in the graph of a compiled layer, a layer_idx would compile every layer by itself
+def _hand_over(
+    observer: _Observer, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float
+) -> None:
+    layer: Any = module.layer_idx
+    observer.receive(layer, query, key, value, scaling)
 
 
 def check_observable(model: nn.Module, name: str, length: int) -> None:
@@ -122,7 +137,7 @@ def check_observable(model: nn.Module, name: str, length: int) -> None:
 
 
 def causal_probabilities(
-    query: Tensor, key: Tensor, scaling: float, block: int | None = None
+    query: Tensor, key: Tensor, scaling: float, block: int | None = None, first: int = 0
 ) -> Iterator[tuple[int, Tensor]]:
     """Attention probabilities of plain causal attention, a block of queries at a time.
 
@@ -135,6 +150,8 @@ def causal_probabilities(
         Factor on the logits.
     block : int, optional
         Queries of a block; by default as many as keep a block's size constant, so that memory does not grow with L².
+    first : int
+        The first query that is wanted.
 
     Yields
     ------
@@ -148,10 +165,10 @@ def causal_probabilities(
     if key.shape[2] != length:
         raise ValueError(f"expected as many keys as queries, got query {tuple(query.shape)}, key {tuple(key.shape)}")
     elements = BLOCK_ELEMENTS.get(query.device.type, BLOCK_ELEMENTS["cuda"])
-    block = min(length, block or max(MIN_BLOCK, elements // (batch * heads * length)))
+    block = min(length - first, block or max(MIN_BLOCK, elements // (batch * heads * length)))
     future = torch.ones(block, block, dtype=torch.bool, device=query.device).triu(1)
     keys = key.float().transpose(-1, -2)
-    for start in range(0, length, block):
+    for start in range(first, length, block):
         end = min(start + block, length)
         size = end - start
         rows = (query[:, :, start:end].float() * scaling).reshape(batch, groups, -1, width)  # heads that share a key

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import torch
 from kvpress.utils import compute_n_kept
@@ -30,7 +29,7 @@ def build_kv_mask_from_anchors(
     anchors: torch.Tensor,
     keep_ratio: float,
     num_kv_heads: int,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    generator: torch.Generator | torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Keep all anchors and fill the budget with a uniform random sample of the other real tokens.
@@ -47,9 +46,9 @@ def build_kv_mask_from_anchors(
         Share of the real tokens to keep, in (0, 1].
     num_kv_heads : int
         H.
-    generator : torch.Generator or one per row, optional
-        Source of the draw, on any device. With one per row, a row's draw depends neither on the other rows nor on
-        padding: 1 × 8 equals 8 × 1.
+    generator : torch.Generator or Float[B, H, L], optional
+        Source of the draw, on any device; or the draw, from [0, 1), by position among a row's real tokens. Where a
+        row's draw is its own, what it keeps depends neither on the other rows nor on padding: 1 × 8 equals 8 × 1.
     attention_mask : Bool or Long[B, L], optional
         Nonzero where a token is real; None: all are.
 
@@ -63,7 +62,7 @@ def build_kv_mask_from_anchors(
     UserError
         If the keep ratio is not in (0, 1].
     ValueError
-        If shapes disagree or there is not one generator per row.
+        If shapes disagree.
     """
     if not 0 < keep_ratio <= 1:
         raise UserError(f"keep ratio {keep_ratio}: must be in (0, 1]")
@@ -75,7 +74,7 @@ def build_kv_mask_from_anchors(
     _report_overflow(num_real, num_anchors, budgets, keep_ratio)
     budget = torch.tensor([max(pair) for pair in zip(budgets, num_anchors, strict=True)], device=anchors.device)
 
-    draw = _draw(num_real, num_kv_heads, anchors.shape[-1], generator, anchors.device)
+    draw = _draw((len(anchors), num_kv_heads, anchors.shape[-1]), generator, anchors.device)
     rank_of_real = (real.cumsum(-1) - 1).clamp(min=0)[:, None].expand_as(draw)
     score = draw.gather(-1, rank_of_real)  # in [0, 1), whatever the padding
     score = score.masked_fill(anchors[:, None], 2.0).masked_fill(~real[:, None], -1.0)
@@ -86,22 +85,15 @@ def build_kv_mask_from_anchors(
 
 
 def _draw(
-    num_real: list[int],
-    num_heads: int,
-    length: int,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    device: torch.device,
+    shape: tuple[int, int, int], generator: torch.Generator | torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
-    """Float[B, H, L] uniform in [0, 1), where row b's first ``num_real[b]`` columns depend on its generator only."""
-    if generator is None or isinstance(generator, torch.Generator):
+    """Float[B, H, L] from [0, 1)."""
+    if not isinstance(generator, torch.Tensor):
         origin = device if generator is None else generator.device
-        return torch.rand(len(num_real), num_heads, length, generator=generator, device=origin).to(device)
-    if len(generator) != len(num_real):
-        raise ValueError(f"{len(generator)} generators for {len(num_real)} rows: give one per row")
-    draw = torch.zeros(len(num_real), num_heads, length, device=device)
-    for row, (count, source) in enumerate(zip(num_real, generator, strict=True)):
-        draw[row, :, :count] = torch.rand(num_heads, count, generator=source, device=source.device).to(device)
-    return draw
+        return torch.rand(shape, generator=generator, device=origin).to(device)
+    if generator.shape != shape:
+        raise ValueError(f"a draw of {tuple(generator.shape)} for rows, heads and tokens {shape}")
+    return generator.to(device)
 
 
 def _report_overflow(num_real: list[int], num_anchors: list[int], budgets: list[int], keep_ratio: float) -> None:

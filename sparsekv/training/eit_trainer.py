@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparsekv.errors import UserError
 from sparsekv.files import write_json, writing
+from sparsekv.observe import observing
 from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.callbacks import ScheduleCallback
 from sparsekv.training.config import EITConfig
@@ -25,6 +26,7 @@ from sparsekv.training.loss import IGNORE_INDEX, distillation_loss
 from sparsekv.training.meter import Meter
 from sparsekv.training.plan import EvictionPlan
 from sparsekv.training.scheduler import KeepRatioScheduler
+from sparsekv.training.selection import later_attention
 
 SCHEDULER_STATE = "scheduler_state.json"
 STAGING = ".staging"
@@ -68,9 +70,13 @@ class EITTrainer(Trainer):
         self.accelerator.gradient_accumulation_steps = 1
         self.config = config
         self.teacher = teacher
-        self._needs_teacher = bool(config.lambda_kl or config.lambda_context)
+        self._selects = bool(config.lambda_selection) and not config.control
+        self._needs_teacher = bool(config.lambda_kl or config.lambda_context or self._selects)
         if self._needs_teacher and teacher is None and not hasattr(model, "disable_adapter"):
             raise ValueError("training every parameter with a KL term needs `teacher`, a frozen copy of the base")
+        checkpointing: Any = args.gradient_checkpointing and args.gradient_checkpointing_kwargs
+        if self._selects and checkpointing and checkpointing.get("use_reentrant"):
+            raise ValueError("the selection loss needs checkpointing with use_reentrant=False")
         self.selector = AnchorSelector(config.anchors, tokenizer, self.base.config, self.base.generation_config)
         self.schedule = config.make_schedule(total_steps=1)  # remade when training begins and its steps are known
         self._resumed_schedule: dict[str, Any] | None = None
@@ -104,7 +110,7 @@ class EITTrainer(Trainer):
         plan = self.current_plan(input_ids.shape[1])
         labels, context = loss_tokens(input_ids, inputs.get("attention_mask"), plan.first_query)  # [B, L] each
         counts = self._count_tokens([inputs]) if num_items_in_batch is None else num_items_in_batch  # Long[2]
-        teacher_hidden = self._teacher_hidden(model, inputs) if self._needs_teacher else None  # [B, L, D]
+        teacher_hidden = self._teacher_hidden(model, inputs, plan) if self._needs_teacher else None  # [B, L, D]
 
         def head_loss(hidden: Tensor, head: nn.Module) -> Tensor:  # [B, L, D]
             sums = distillation_loss(
@@ -119,24 +125,53 @@ class EITTrainer(Trainer):
                 context_mask=context.flatten(),
                 lambda_context=config.lambda_context,
             )
-            self.meter.add(sums, counts, inputs, plan, self.eviction.last, self.selector)
             tokens, context_tokens = counts.to(sums.loss.device).clamp(min=1)
-            return sums.loss / tokens + sums.context_loss / context_tokens
+            selection = self._selection(labels, tokens)
+            self.meter.add(sums, counts, inputs, plan, self.eviction.last, self.selector, selection)
+            loss = sums.loss / tokens + sums.context_loss / context_tokens
+            return loss + config.lambda_selection * selection
 
         loss = run_with_loss(model, self.base, inputs, head_loss).to(self.args.device)
         return loss * self.accelerator.num_processes  # gradients are averaged over processes; `counts` are of all
 
     @torch.no_grad()
-    def _teacher_hidden(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """The full-cache teacher's last hidden states, [B, L, D]."""
+    def _teacher_hidden(self, model: nn.Module, inputs: dict[str, Tensor], plan: EvictionPlan) -> Tensor:
+        """The full-cache teacher's last hidden states, [B, L, D]; notes what it attends to for the selection loss."""
         if self.teacher is not None:
-            return last_hidden(self.teacher, self.teacher, inputs)
+            with self._noting_importance(self.teacher, plan):
+                return last_hidden(self.teacher, self.teacher, inputs)
         model.eval()  # no dropout anywhere: the target holds still
         try:
-            with self.eviction.full_attention(), self.accelerator.unwrap_model(model).disable_adapter():
+            with (
+                self.eviction.full_attention(),
+                self.accelerator.unwrap_model(model).disable_adapter(),
+                self._noting_importance(self.base, plan),
+            ):
                 return last_hidden(model, self.base, inputs)
         finally:
             model.train()
+
+    @contextlib.contextmanager
+    def _noting_importance(self, teacher: PreTrainedModel, plan: EvictionPlan) -> Iterator[None]:
+        """Hand the student's forward what the teacher's later queries attend to, where the selection loss is on."""
+        if not self._selects:
+            yield
+            return
+        importance: dict[int, list[Tensor]] = {}
+
+        def receive(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+            importance[layer] = later_attention(query, key, scaling, plan.cuts)
+
+        with observing(teacher, receive):
+            yield
+        self.eviction.importance = importance
+
+    def _selection(self, labels: Tensor, tokens: Tensor) -> Tensor:
+        """This micro-batch's part of the step's selection loss: a row counts by its tokens with loss."""
+        if not self._selects or not torch.is_grad_enabled() or self.eviction.last is None:
+            return torch.zeros((), device=tokens.device)
+        rows = self.eviction.last.selection_losses().to(tokens.device)
+        return (rows * (labels != IGNORE_INDEX).sum(-1).to(tokens.device)).sum() / tokens
 
     def _teacher_head(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
         if self.teacher is not None:

@@ -1,7 +1,7 @@
 """The state of one forward pass under eviction: what every layer keeps, decided once."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from sparsekv.attention import (
 from sparsekv.errors import UserError
 from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.plan import EvictionPlan
-from sparsekv.training.rules import LayerContext, PositionEmbeddings, layer_of, make_rule
+from sparsekv.training.rules import Kept, LayerContext, PositionEmbeddings, layer_of, make_rule
+from sparsekv.training.selection import selection_loss
 
 
 class ForwardEviction:
@@ -33,26 +34,40 @@ class ForwardEviction:
     input_ids : Long[B, L]
     real : Bool[B, L], optional
         False at padding.
+    importance : dict of layer → list of Float32[B, G, cut], optional
+        What later queries attend to at each cut (`selection.later_attention`): asks for the selection loss.
 
     Attributes
     ----------
     keeps : dict of layer → list of Bool[B, G, cut]
     counts : dict of layer → list of int or None
         Entries that each head of each row keeps at a cut; None when that differs.
+    selection : dict of layer → Float32[B]
+        The selection loss of each row, mean over cuts; a cut whose rule has no differentiable score adds 0.
     recomputed : bool
         Whether a layer came a second time, as in the backward pass under gradient checkpointing.
     """
 
-    def __init__(self, plan: EvictionPlan, selector: AnchorSelector, input_ids: Tensor, real: Tensor | None) -> None:
+    def __init__(
+        self,
+        plan: EvictionPlan,
+        selector: AnchorSelector,
+        input_ids: Tensor,
+        real: Tensor | None,
+        importance: Mapping[int, Sequence[Tensor]] | None = None,
+    ) -> None:
         length = input_ids.shape[1]
         if plan.cuts and plan.cuts[-1] >= length:
             raise ValueError(f"cut {plan.cuts[-1]} leaves no suffix in {length} tokens")
         self.plan, self.selector, self.input_ids, self.real = plan, selector, input_ids, real
         self.keeps: dict[int, list[Tensor]] = {}
         self.counts: dict[int, list[int | None]] = {}
+        self.importance = importance
+        self.selection: dict[int, Tensor] = {}
         self.recomputed = False
         random_rules = {"random", "anchor_random"} & set(plan.rules)
-        self._row_seeds = row_seeds(input_ids, real, plan.seed) if random_rules else [0] * len(input_ids)
+        unused = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+        self._row_seeds = row_seeds(input_ids, real, plan.seed) if random_rules else unused
         self._layer_inputs: dict[int, tuple[Tensor, PositionEmbeddings]] = {}
 
     def stash(self, module: nn.Module, hidden_states: Tensor, position_embeddings: PositionEmbeddings) -> None:
@@ -60,18 +75,18 @@ class ForwardEviction:
         layer = layer_of(module)
         if layer in self.keeps:
             self.recomputed = True
-        elif not slides(module, hidden_states.shape[1]):
+        if self._decides(layer) and not slides(module, hidden_states.shape[1]):
             self._layer_inputs[layer] = (hidden_states, position_embeddings)
 
     def decide(self, module: nn.Module, key: Tensor, value: Tensor) -> list[Tensor]:
         """The layer's `keep` at each cut: Bool[B, G, cut], from [B, G, L, D] keys and values."""
         layer = layer_of(module)
-        if layer in self.keeps:
+        if not self._decides(layer):
             return self.keeps[layer]
         cuts = self.plan.cuts or (key.shape[2],)
         hidden_states, rotary = self._layer_inputs.pop(layer)
-        decided = []
-        with scoring(module, key.device, self.plan.seed + layer):
+        decided: list[Kept] = []
+        with scoring(module, key.device, self.plan.seed + layer, differentiable=self.importance is not None):
             for name, ratio, cut in zip(self.plan.rules, self.plan.keep_ratios, cuts, strict=True):
                 context = LayerContext(
                     module=module,
@@ -84,8 +99,32 @@ class ForwardEviction:
                     row_seeds=self._row_seeds,
                 )
                 decided.append(make_rule(name, ratio, self.selector, self.plan.geometry).keep(context))
-        self.keeps[layer], self.counts[layer] = [keep for keep, _ in decided], [count for _, count in decided]
+        selection = self._selection(layer, decided)
+        if layer not in self.keeps:
+            self.keeps[layer], self.counts[layer] = [kept.keep for kept in decided], [kept.number for kept in decided]
+            if selection is not None:
+                self.selection[layer] = selection
         return self.keeps[layer]
+
+    def _decides(self, layer: int) -> bool:
+        """Whether the layer's rules run now: once, and again for the gradient of their scores when recomputed."""
+        return layer not in self.keeps or (self.importance is not None and torch.is_grad_enabled())
+
+    def _selection(self, layer: int, decided: Sequence[Kept]) -> Tensor | None:
+        if self.importance is None:
+            return None
+        losses = []
+        for kept, importance in zip(decided, self.importance[layer], strict=True):
+            if kept.scores is not None and kept.scores.requires_grad and kept.number is not None:
+                losses.append(selection_loss(kept.scores, kept.number, importance.to(kept.scores.device)))
+        return torch.stack(losses).sum(0) / len(decided) if losses else None
+
+    def selection_losses(self) -> Tensor:
+        """Float32[B]: each row's selection loss, mean over layers and cuts."""
+        rows = torch.zeros(len(self.input_ids), device=self.input_ids.device)
+        for losses in self.selection.values():
+            rows = rows + losses.to(rows.device)
+        return rows / max(len(self.keeps), 1)
 
     def mask(self, module: nn.Module, key: Tensor, value: Tensor) -> Tensor:
         """Bool[B, G, L, L]: the layer's allowed pairs, by the dense reference."""
@@ -137,15 +176,21 @@ class ForwardEviction:
         return kept / total
 
 
-def row_seeds(input_ids: Tensor, real: Tensor | None, seed: int) -> list[int]:
-    """One int a row from its tokens and the plan's seed: a row's draws do not depend on the batch it is in."""
+def row_seeds(input_ids: Tensor, real: Tensor | None, seed: int) -> Tensor:
+    """Long[B] from each row's tokens and the plan's seed: a row's draws do not depend on the batch it is in."""
     real = torch.ones_like(input_ids, dtype=torch.bool) if real is None else real.to(input_ids.device)
     weights = real.cumsum(-1) * 2_654_435_761  # positions among real tokens: padding on either side changes nothing
     sums = (input_ids * real * weights % 2_147_483_647).sum(-1)
-    return [(int(total) * 1_000_003 + seed) % 2**48 for total in sums]
+    return (sums % 2_147_483_647 * 1_000_003 + seed) % 2**48
 
 
-def begin_forward(plan: EvictionPlan, selector: AnchorSelector, args: tuple, kwargs: dict[str, Any]) -> ForwardEviction:
+def begin_forward(
+    plan: EvictionPlan,
+    selector: AnchorSelector,
+    args: tuple,
+    kwargs: dict[str, Any],
+    importance: Mapping[int, Sequence[Tensor]] | None = None,
+) -> ForwardEviction:
     """The state of one forward pass from the arguments of the decoder."""
     input_ids = kwargs.get("input_ids", args[0] if args else None)
     if input_ids is None:
@@ -154,7 +199,7 @@ def begin_forward(plan: EvictionPlan, selector: AnchorSelector, args: tuple, kwa
     real = None
     if attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask.all()):
         real = attention_mask.bool()
-    return ForwardEviction(plan, selector, input_ids, real)
+    return ForwardEviction(plan, selector, input_ids, real, importance)
 
 
 def slides(module: nn.Module, length: int) -> bool:
@@ -168,15 +213,17 @@ def slides(module: nn.Module, length: int) -> bool:
 
 
 @contextlib.contextmanager
-def scoring(module: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
-    """A press scores as it will at inference, without gradient or dropout, and leaves the random state untouched.
+def scoring(module: nn.Module, device: torch.device, seed: int, differentiable: bool = False) -> Iterator[None]:
+    """A press scores as it will at inference, without dropout, and leaves the random state untouched.
 
-    Presses that sketch at random (leverage, compactor) draw from `seed`.
+    Without gradient too, unless it is `differentiable`. Presses that sketch at random (leverage, compactor) draw from
+    `seed`.
     """
     was_training = module.training
     module.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        gradient = differentiable and torch.is_grad_enabled()
+        with torch.set_grad_enabled(gradient), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             yield
     finally:

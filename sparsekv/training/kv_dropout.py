@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,10 @@ from sparsekv.errors import UserError
 from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.eviction import ForwardEviction, begin_forward, slides
 from sparsekv.training.plan import EvictionPlan
-from sparsekv.training.rules import layer_of
+from sparsekv.training.rules import PositionEmbeddings, layer_of
 
 IMPLEMENTATION = "sparsekv"
+LayerInput = tuple[Tensor, PositionEmbeddings]  # normed hidden states [B, L, hidden]; (cos, sin) or None
 
 
 class KVDropoutContext:
@@ -47,6 +48,8 @@ class KVDropoutContext:
 
     Attributes
     ----------
+    importance : dict of layer → list of Float32[B, G, cut], or None
+        Of the next forward (see `ForwardEviction`).
     last : ForwardEviction or None
         The most recent forward's decisions (`keeps`, `keep_ratio()`).
 
@@ -60,6 +63,7 @@ class KVDropoutContext:
         self.base = base_of(model)
         self.plan = plan
         self.selector = selector
+        self.importance: Mapping[int, Sequence[Tensor]] | None = None
         self.last: ForwardEviction | None = None
         self._stack = contextlib.ExitStack()
         self._awaits_recomputation = False
@@ -94,7 +98,7 @@ class KVDropoutContext:
         stack.callback(handle.remove)
         for module in attention_modules(decoder):
             stack.enter_context(_rotary_visible(module, decoder))
-            handle = module.register_forward_pre_hook(_stash_from_kwargs, with_kwargs=True)
+            handle = module.register_forward_pre_hook(_pass_input_on, with_kwargs=True)
             stack.callback(handle.remove)
 
     @contextlib.contextmanager
@@ -111,7 +115,7 @@ class KVDropoutContext:
         kwargs.pop("eviction", None)
         if self.plan is None:
             return args, kwargs
-        self.last = begin_forward(self.plan, self.selector, args, kwargs)
+        self.last = begin_forward(self.plan, self.selector, args, kwargs, self.importance)
         checkpointing = self.base.is_gradient_checkpointing and self.base.training
         self._awaits_recomputation = checkpointing and torch.is_grad_enabled()
         return args, {**kwargs, "eviction": self.last, "use_cache": False}
@@ -148,7 +152,7 @@ class SDPAKVDropout(KVDropoutContext):
     def _before_layer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._layer = module
         if self.last is not None and not self._in_full_forward:
-            _stash(self.last, module, args, kwargs)
+            self.last.stash(module, *_layer_input(args, kwargs))
 
     def _after_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._layer = None
@@ -191,12 +195,36 @@ def evicted_attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     eviction: ForwardEviction | None = None,
+    layer_input: LayerInput | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls: [B, H, L, D] queries → [B, L, H, D], and no weights."""
-    if eviction is None or slides(module, query.shape[2]):
+    """The attention function that transformers calls: [B, H, L, D] queries → [B, L, H, D], and no weights.
+
+    A compiled layer (`training/compiled.py`) holds plain attention in its graph. Eviction stays outside of it: its
+    shapes depend on data, and reading `layer_idx` here would compile every layer by itself.
+    """
+    options = {"scaling": scaling, "dropout": dropout, **kwargs}
+    if eviction is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return _attend_evicted(module, query, key, value, attention_mask, eviction, layer_input, **options)
+
+
+@torch.compiler.disable
+def _attend_evicted(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    eviction: ForwardEviction,
+    layer_input: LayerInput,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    if slides(module, query.shape[2]):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
@@ -204,6 +232,7 @@ def evicted_attention_forward(
         raise ValueError(f"eviction in training needs whole sequences: {query.shape[2]} queries, {key.shape[2]} keys")
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError("attention with a soft cap or learned sinks is not supported")
+    eviction.stash(module, *layer_input)
     out = eviction.attend(module, query, key, value, attention_mask, scaling, dropout)
     return out.transpose(1, 2).contiguous(), None
 
@@ -239,11 +268,13 @@ def _rotary_visible(module: nn.Module, decoder: nn.Module) -> Iterator[None]:
         object.__delattr__(module, "rotary_emb")
 
 
-def _stash_from_kwargs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("eviction") is not None:
-        _stash(kwargs["eviction"], module, args, kwargs)
+def _pass_input_on(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Hand the input of an evicted layer to its attention function, which alone changes any state."""
+    if kwargs.get("eviction") is None:
+        return None
+    return args, {**kwargs, "layer_input": _layer_input(args, kwargs)}
 
 
-def _stash(eviction: ForwardEviction, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _layer_input(args: tuple, kwargs: dict[str, Any]) -> LayerInput:
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    eviction.stash(module, hidden_states, kwargs.get("position_embeddings"))
+    return hidden_states, kwargs.get("position_embeddings")

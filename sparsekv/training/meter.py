@@ -61,6 +61,7 @@ class Meter:
         plan: EvictionPlan,
         eviction: ForwardEviction | None,
         selector: AnchorSelector,
+        selection: Tensor,
     ) -> None:
         """Count one micro-batch.
 
@@ -75,6 +76,7 @@ class Meter:
         ratios = anchors.new_tensor([requested, actual, 1.0], dtype=torch.float64)
         parts = torch.stack([part.double().to(anchors.device) for part in (sums.ce, sums.kl, sums.kl_context)])
         parts = parts / counts[[0, 0, 1]].to(anchors.device).clamp(min=1)
+        parts = torch.cat([parts, selection.detach().double().to(anchors.device)[None]])
         row = torch.cat([parts, anchors.double().mean()[None], ratios])
         self.sums = row if self.sums is None else self.sums + row
         self.tokens += input_ids.numel()
@@ -98,12 +100,13 @@ class Meter:
         device = self.sums.device
         totals = torch.cat([self.sums.to(accelerator.device), torch.tensor([self.tokens], device=accelerator.device)])
         totals = accelerator.reduce(totals, reduction="sum").tolist()
-        ce, kl, kl_context, anchors, requested, actual, batches, seen = totals
+        ce, kl, kl_context, selection, anchors, requested, actual, batches, seen = totals
         rate = seen / (time.perf_counter() - self.started)
         logs = {
             "ce": ce / steps,
             "kl": kl / steps,
             "kl_context": kl_context / steps,
+            "selection": selection / steps,
             "requested_keep_ratio": requested / batches,
             "actual_keep_ratio": actual / batches,
             "anchor_share": anchors / batches,

@@ -18,7 +18,9 @@ from sparsekv.version import commit, versions
 
 RUN_CONFIG = "eit_config.json"
 FINAL = "final"
-MAY_CHANGE_ON_RESUME = {"resume", "save_steps", "eval_steps", "logging_steps", "report_to", "output_dir", "device_map"}
+MAY_CHANGE_ON_RESUME = {
+    *("resume", "save_steps", "eval_steps", "logging_steps", "report_to", "output_dir", "device_map", "compile"),
+}
 
 
 def usable_checkpoint(out: Path, config: TrainConfig) -> Path | None:

@@ -7,7 +7,7 @@ sample. Names: `OWN_RULES` and every key of `PRESS_RULES`.
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from kvpress import PyramidKVPress, ScorerPress, TOVAPress
@@ -18,6 +18,7 @@ from sparsekv.anchors import AnchorSelector
 from sparsekv.errors import UserError
 from sparsekv.presses import AnchorPress, make_press
 from sparsekv.training.anchor import build_kv_mask_from_anchors
+from sparsekv.training.draws import uniform_draws
 
 OWN_RULES = ("anchor", "anchor_random", "random")
 # Rule → press: those with a score for every head of its own. By kvpress's names, `expected_attention` is the press in
@@ -52,7 +53,7 @@ class LayerContext:
     position_embeddings : (cos, sin), each [1 or B, C, D]; None when the model hands its layers none.
     input_ids : Long[B, C].
     real : Bool[B, C], False at padding; None when there is none.
-    row_seeds : one int a row, for random draws that do not depend on the batch a row is in.
+    row_seeds : Long[B], for random draws that do not depend on the batch a row is in.
     """
 
     module: nn.Module
@@ -62,7 +63,7 @@ class LayerContext:
     position_embeddings: PositionEmbeddings
     input_ids: Tensor
     real: Tensor | None
-    row_seeds: Sequence[int]
+    row_seeds: Tensor
 
     def row(self, index: int, start: int, stop: int) -> "LayerContext":
         """The real tokens [start, stop) of one row, as a batch of one without padding."""
@@ -83,11 +84,24 @@ class LayerContext:
         )
 
 
+class Kept(NamedTuple):
+    """What a rule keeps of one layer at a cut.
+
+    keep : Bool[B, G, C].
+    number : entries that each head of each row keeps; None when that differs.
+    scores : [B, G, C], what `keep` is the top of, with their gradient where it was asked for; None when the rule does
+        not rank, or everything is kept.
+    """
+
+    keep: Tensor
+    number: int | None
+    scores: Tensor | None = None
+
+
 class Rule(Protocol):
     """Decides `keep` for one layer and cut."""
 
-    def keep(self, context: LayerContext) -> tuple[Tensor, int | None]:
-        """Bool[B, G, C], and how many entries each head of each row keeps (None when that differs)."""
+    def keep(self, context: LayerContext) -> Kept: ...
 
 
 @dataclass
@@ -96,13 +110,13 @@ class PressRule:
 
     press: ScorerPress
 
-    def keep(self, context: LayerContext) -> tuple[Tensor, int | None]:
+    def keep(self, context: LayerContext) -> Kept:
         if context.real is not None:
-            return self._keep_padded(context), None
+            return Kept(self._keep_padded(context), None)
         length = context.keys.shape[2]
         count = self._budget(context.module, length)
         if count >= length or length <= shortest_context(self.press):
-            return torch.ones_like(context.keys[..., 0], dtype=torch.bool), length
+            return Kept(torch.ones_like(context.keys[..., 0], dtype=torch.bool), length)
         if isinstance(self.press, AnchorPress):
             self.press.input_ids = context.input_ids
         if isinstance(self.press, SeededRandomPress):
@@ -111,7 +125,7 @@ class PressRule:
         tensors = (context.hidden_states, context.keys, context.values)
         scores = self.press.score(context.module, *tensors, attentions=None, kwargs=kwargs)
         kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count, dim=-1).indices, True)
-        return kept, count
+        return Kept(kept, count, scores)
 
     def _budget(self, module: nn.Module, length: int) -> int:
         if isinstance(self.press, PyramidKVPress):
@@ -126,7 +140,7 @@ class PressRule:
             positions = real.nonzero()
             if len(positions):
                 start, stop = int(positions[0]), int(positions[-1]) + 1
-                kept[row, :, start:stop] = self.keep(context.row(row, start, stop))[0][0]
+                kept[row, :, start:stop] = self.keep(context.row(row, start, stop)).keep[0]
         return kept
 
 
@@ -137,22 +151,22 @@ class AnchorRandomRule:
     selector: AnchorSelector
     keep_ratio: float
 
-    def keep(self, context: LayerContext) -> tuple[Tensor, int | None]:
+    def keep(self, context: LayerContext) -> Kept:
         anchors = self.selector(context.input_ids, context.real).to(context.keys.device)
-        rows, length = context.input_ids.shape
-        lengths = [length] * rows if context.real is None else context.real.sum(-1).tolist()
-        generators = row_generators(context.row_seeds, layer_of(context.module), lengths)
-        heads = context.keys.shape[1]
-        keep = build_kv_mask_from_anchors(anchors, self.keep_ratio, heads, generators, context.real)
+        heads, length = context.keys.shape[1:3]
+        lengths = length if context.real is None else context.real.sum(-1)
+        seeds = torch.as_tensor(context.row_seeds, device=anchors.device)
+        draws = uniform_draws(seeds, layer_of(context.module), lengths, heads, length)
+        keep = build_kv_mask_from_anchors(anchors, self.keep_ratio, heads, draws, context.real)
         counts = keep.sum(-1).flatten().tolist()  # rows whose anchors exceed the budget keep more than the others
-        return keep, counts[0] if len(set(counts)) == 1 else None
+        return Kept(keep, counts[0] if len(set(counts)) == 1 else None)
 
 
 @dataclass
 class SeededRandomPress(ScorerPress):
     """kvpress's RandomPress with draws that depend on the row and layer, never on the batch or on global state."""
 
-    row_seeds: Sequence[int] = ()
+    row_seeds: Sequence[int] | Tensor = ()
 
     def score(
         self,
@@ -164,24 +178,14 @@ class SeededRandomPress(ScorerPress):
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Uniform float32[B, G, C]."""
-        lengths = [keys.shape[2]] * len(keys)
-        generators = row_generators(self.row_seeds, layer_of(module), lengths)
-        return torch.stack([torch.rand(keys.shape[1:3], generator=g) for g in generators]).to(keys.device)
+        seeds = torch.as_tensor(self.row_seeds, device=keys.device)
+        return uniform_draws(seeds, layer_of(module), keys.shape[2], *keys.shape[1:3])
 
 
 def layer_of(module: nn.Module) -> int:
     """The index of an attention layer, which the module knows itself."""
     index: Any = module.layer_idx
     return index
-
-
-def row_generators(row_seeds: Sequence[int], layer: int, lengths: Sequence[int]) -> list[torch.Generator]:
-    """One generator a row, independent across rows, layers and cuts (by the context's `lengths` in real tokens).
-
-    On the CPU, so that a run draws the same on every device.
-    """
-    mixed = [seed * 1_000_003 + layer * 65_537 + length for seed, length in zip(row_seeds, lengths, strict=True)]
-    return [torch.Generator().manual_seed(seed % 2**63) for seed in mixed]
 
 
 def shortest_context(press: ScorerPress) -> int:
@@ -197,9 +201,9 @@ class AnchorRule:
 
     selector: AnchorSelector
 
-    def keep(self, context: LayerContext) -> tuple[Tensor, int | None]:
+    def keep(self, context: LayerContext) -> Kept:
         anchors = self.selector(context.input_ids, context.real).to(context.keys.device)
-        return anchors[:, None].expand(-1, context.keys.shape[1], -1), None
+        return Kept(anchors[:, None].expand(-1, context.keys.shape[1], -1), None)
 
 
 def make_rule(name: str, keep_ratio: float, selector: AnchorSelector, geometry: str = "two_region") -> Rule:

@@ -14,6 +14,7 @@ from sparsekv.data import build_datasets, parse_sources
 from sparsekv.errors import UserError
 from sparsekv.models import PLACEMENTS, attach_lora, load_model, load_tokenizer
 from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, StopCallback
+from sparsekv.training.compiled import compile_layers
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.kv_dropout import KVDropoutContext
@@ -69,6 +70,9 @@ def train(config: TrainConfig) -> Path | None:
     with removed_if_unused(out):
         trainer = _make_trainer(model, teacher, tokenizer, config, args, rows)
         _check_architecture(trainer, config, rows[0])
+        if config.compile:
+            for network in filter(None, (trainer.base, teacher)):
+                compile_layers(network)
         if args.should_save:
             prepare_output_dir(out, record)
     args.distributed_state.wait_for_everyone()

@@ -16,6 +16,7 @@ from sparsekv.training.anchor import AnchorConfig
 from sparsekv.training.config import EITConfig
 from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.kv_dropout import KVDropoutContext
+from sparsekv.training.rules import PRESS_RULES
 
 LENGTH = 48
 ANCHORS = AnchorConfig(sink_size=2, recent_size=4)
@@ -69,10 +70,10 @@ def trained_weights(trainer: EITTrainer) -> dict[str, torch.Tensor]:
     return {name: weight.detach() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
 
 
-def assert_equal_weights(one, other):
+def assert_equal_weights(one, other, atol=1e-6):
     assert one.keys() == other.keys()
     for name in one:
-        torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(one[name], other[name], atol=atol, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
 
 
 # ---- the plain formula ----
@@ -195,13 +196,15 @@ def test_accumulation_changes_nothing(tmp_path, tiny_tokenizer, padded):
 
 def test_logged_parts_add_up(tmp_path, tiny_tokenizer):
     """The figures are of the whole step and not of its last micro-batch."""
-    config = mixture(lambda_kl=0.7)
+    config = mixture(lambda_kl=0.7, lambda_selection=0.3, rules={"knorm": 1.0, "tova": 1.0})
     trainer = make_trainer(
         *(tmp_path, tiny_tokenizer, config), per_device_train_batch_size=2, gradient_accumulation_steps=4
     )
     trainer.train()
     for line in trainer.state.log_history:
         parts = line["ce"] + config.lambda_kl * line["kl"] + config.lambda_context * line["kl_context"]
+        parts += config.lambda_selection * line["selection"]
+        assert line["selection"] > 0
         assert line["loss"] == pytest.approx(parts, rel=1e-5)
 
 
@@ -308,3 +311,47 @@ def test_evaluation_leaves_training_as_it_was(tmp_path, tiny_tokenizer):
     one, other = trained_weights(plain), trained_weights(evaluated)
     assert sum("eval_full_ppl" in line for line in evaluated.state.log_history) == 4
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+SELECTING = {"lambda_selection": 0.5, "rules": {"knorm": 1.0, "tova": 1.0, "keydiff": 1.0}}
+
+
+def test_selection_does_not_depend_on_accumulation_or_checkpointing(tmp_path, tiny_tokenizer):
+    variants = [
+        {"per_device_train_batch_size": 8},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {
+            "per_device_train_batch_size": 8,
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        },
+    ]
+    first, *others = (
+        trained_weights(make_trainer(tmp_path, tiny_tokenizer, mixture(**SELECTING), **variant)) for variant in variants
+    )
+    for other in others:
+        assert_equal_weights(first, other, atol=1e-5)
+    without = trained_weights(make_trainer(tmp_path, tiny_tokenizer, mixture(**SELECTING | {"lambda_selection": 0.0})))
+    assert any(not torch.allclose(first[name], without[name], atol=1e-4) for name in first)
+
+
+@pytest.mark.parametrize("rule", sorted(PRESS_RULES))
+def test_selection_reaches_the_adapter_by_every_press_with_a_smooth_score(tmp_path, tiny_tokenizer, rule):
+    config = EITConfig(
+        num_cuts=1,
+        min_cut=0.8,
+        max_cut=0.8,
+        rules={rule: 1.0},
+        lambda_kl=0.0,
+        lambda_selection=1.0,
+        scheduler_mode="fixed",
+        ratio_draw="ceiling",
+        anchors=ANCHORS,
+    )
+    generator = torch.Generator().manual_seed(3)
+    data = Dataset.from_dict({"input_ids": torch.randint(5, 320, (2, 400), generator=generator).tolist()})
+    trainer = make_trainer(tmp_path, tiny_tokenizer, config, data=data, max_steps=1)
+    trainer.train()
+    selection = next(line["selection"] for line in trainer.state.log_history if "selection" in line)
+    assert math.isfinite(selection)
+    assert (selection > 0) == (rule not in ("lagkv", "streaming_llm")), "ranks and positions have no gradient"

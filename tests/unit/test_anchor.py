@@ -167,9 +167,8 @@ def test_budget_is_met_exactly_with_all_anchors_and_no_padding(batch, ratio, hea
         assert keep[row].sum(-1).tolist() == [budget] * heads
 
 
-def test_equal_draws_do_not_exceed_the_budget(monkeypatch):
-    monkeypatch.setattr(anchor.torch, "rand", lambda *shape, **kwargs: torch.full(shape, 0.5))
-    keep = build_kv_mask_from_anchors(torch.zeros(2, 40, dtype=torch.bool), 0.3, 4)
+def test_equal_draws_do_not_exceed_the_budget():
+    keep = build_kv_mask_from_anchors(torch.zeros(2, 40, dtype=torch.bool), 0.3, 4, torch.full((2, 4, 40), 0.5))
     assert (keep.sum(-1) == kept_count(40, 0.3)).all()
 
 
@@ -196,22 +195,19 @@ def test_the_generator_decides_the_draw():
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 99), ratio=st.floats(0.05, 1.0), left=st.booleans())
-def test_with_a_generator_per_row_batching_and_padding_change_nothing(seed, ratio, left):
+def test_with_a_draw_of_its_own_batching_and_padding_change_nothing(seed, ratio, left):
     """1 × 8 equals 8 × 1: the same rows alone and unpadded, or together and padded to the longest."""
     lengths = torch.randint(1, 30, (8,), generator=torch.Generator().manual_seed(seed)).tolist()
     rows = [torch.rand(n, generator=torch.Generator().manual_seed(seed + n)) < 0.2 for n in lengths]
-
-    def generators():
-        return [torch.Generator().manual_seed(1000 * seed + i) for i in range(8)]
-
     total = max(lengths) + 3
+    draws = torch.rand(8, 2, total, generator=torch.Generator().manual_seed(seed))
     slots = [slice(total - n, total) if left else slice(0, n) for n in lengths]
     anchors, mask = torch.ones(8, total, dtype=torch.bool), torch.zeros(8, total, dtype=torch.long)
     for i, slot in enumerate(slots):
         anchors[i, slot], mask[i, slot] = rows[i], 1
-    together = build_kv_mask_from_anchors(anchors, ratio, 2, generators(), mask)
-    for i, source in enumerate(generators()):
-        alone = build_kv_mask_from_anchors(rows[i][None], ratio, 2, [source])
+    together = build_kv_mask_from_anchors(anchors, ratio, 2, draws, mask)
+    for i, row in enumerate(rows):
+        alone = build_kv_mask_from_anchors(row[None], ratio, 2, draws[i : i + 1, :, : len(row)])
         assert torch.equal(together[i, :, slots[i]], alone[0])
 
 
@@ -236,6 +232,6 @@ def test_keep_ratio_is_checked(ratio):
         build_kv_mask_from_anchors(torch.zeros(1, 4, dtype=torch.bool), ratio, 1)
 
 
-def test_one_generator_per_row():
-    with pytest.raises(ValueError, match="2 generators for 3 rows"):
-        build_kv_mask_from_anchors(torch.zeros(3, 4, dtype=torch.bool), 0.5, 1, [torch.Generator(), torch.Generator()])
+def test_a_draw_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"draw of \(2, 1, 4\) for rows, heads and tokens \(3, 1, 4\)"):
+        build_kv_mask_from_anchors(torch.zeros(3, 4, dtype=torch.bool), 0.5, 1, torch.rand(2, 1, 4))

@@ -1,0 +1,88 @@
+"""The selection loss: a press's scores learn to rank highest what later queries will attend to.
+
+Which entries a press keeps is a hard choice, so the distillation loss cannot teach it: no gradient reaches a score. Yet
+most scores are smooth functions of keys, values and queries. The teacher knows what its later queries attend to; this
+loss lets the student's scores follow it.
+
+Shapes: B batch, H query heads, G key/value heads, L tokens, D head dimension, C = cut.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsekv.observe import causal_probabilities
+
+SAFE = 15.0  # spreads above the border: the loss there is below 1e-6
+
+
+def later_attention(query: Tensor, key: Tensor, scaling: float, cuts: Sequence[int]) -> list[Tensor]:
+    """The most that any later query attends to each context entry, for each cut.
+
+    KVzip's measure of an entry's importance (https://arxiv.org/abs/2505.23416), over the text that really follows:
+    importance[k] = max over queries q ≥ cut, and over the query heads that share the entry, of P[q, k].
+
+    Parameters
+    ----------
+    query : [B, H, L, D]
+    key : [B, G, L, D]
+    scaling : float
+        Factor on the logits.
+    cuts : sequence of int
+        Ascending positions in (0, L).
+
+    Returns
+    -------
+    list of Float32[B, G, cut]
+    """
+    batch, groups = key.shape[:2]
+    most = query.new_zeros(*query.shape[:3], dtype=torch.float32)
+    bounds = list(itertools.pairwise([*cuts, query.shape[2]]))
+    importance = []
+    for start, stop in reversed(bounds):  # the queries after a later cut also come after an earlier one
+        queries, keys = query[:, :, :stop], key[:, :, :stop]
+        for _, probabilities in causal_probabilities(queries, keys, scaling, first=start):
+            end = probabilities.shape[-1]
+            most[..., :end] = torch.maximum(most[..., :end], probabilities.amax(2))
+        shared = most[..., :start].view(batch, groups, -1, start)
+        importance.append(shared.amax(2))
+    return importance[::-1]
+
+
+def selection_loss(scores: Tensor, count: int, importance: Tensor) -> Tensor:
+    """Softened share of the later attention that falls on entries a press evicts.
+
+    With t the middle between a head's last kept score and its first evicted one, and s the distance from t to the
+    median of the evicted: Σ w · softplus((t − score) / s), w = importance / Σ importance over the heads and entries of
+    a row. t and s carry no gradient; scores are taken relative to their mean, so that raising all of them gains
+    nothing. A head's scores of which none is negative, as attention probabilities are, are taken by their logarithm:
+    the gradient of a probability vanishes with it, and so where it is needed most.
+
+    Parameters
+    ----------
+    scores : [B, G, C]
+        A press's, differentiable; the highest are kept.
+    count : int
+        Entries that each head keeps, 0 < count < C.
+    importance : Float32[B, G, C]
+
+    Returns
+    -------
+    Float32[B]
+        In units of a logistic loss: 0 when everything attended to is kept by far, log 2 at the border.
+    """
+    scores = scores.float()
+    tiny = torch.finfo(torch.float32).tiny
+    scores = torch.where((scores >= 0).all(-1, keepdim=True), scores.clamp(min=tiny).log(), scores)
+    ranked = scores.detach().sort(dim=-1, descending=True).values
+    border = (ranked[..., count - 1, None] + ranked[..., count, None]) / 2
+    spread = (border - ranked[..., (count + ranked.shape[-1]) // 2, None]).clamp(min=tiny)
+    safe = scores.detach() > border + SAFE * spread  # what presses pin, by scores up to the largest float
+    rest = scores.masked_fill(safe, 0)
+    mean = rest.sum(-1, keepdim=True) / (~safe).sum(-1, keepdim=True)
+    losses = F.softplus((border - rest + mean - mean.detach()) / spread).masked_fill(safe, 0)
+    weights = importance / importance.sum((1, 2), keepdim=True)
+    return (weights * losses).sum((1, 2))

@@ -1,0 +1,89 @@
+"""The selection loss: what later queries attend to, and a loss that only the ranking of scores moves."""
+
+import pytest
+import torch
+
+from sparsekv.training.selection import later_attention, selection_loss
+
+CUTS = (5, 11, 16)
+LENGTH = 23
+
+
+@pytest.mark.parametrize("cuts", [(7,), CUTS])
+def test_later_attention_is_the_maximum_over_later_queries(cuts):
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, heads, LENGTH, 8, generator=generator) for heads in (4, 2))
+    logits = query @ key.repeat_interleave(2, dim=1).transpose(-1, -2) * 0.7
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    probabilities = logits.masked_fill(~causal, -torch.inf).softmax(-1).view(2, 2, 2, LENGTH, LENGTH)
+    for cut, got in zip(cuts, later_attention(query, key, 0.7, cuts), strict=True):
+        torch.testing.assert_close(got, probabilities[..., cut:, :cut].amax((2, 3)))
+
+
+@pytest.fixture
+def scores():
+    return torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+@pytest.fixture
+def importance():
+    return torch.rand(2, 3, 20, generator=torch.Generator().manual_seed(2)) ** 4
+
+
+def test_shifting_and_scaling_a_heads_scores_changes_nothing(scores, importance):
+    """Where some are negative: otherwise it is their logarithm that may be shifted."""
+    loss = selection_loss(scores, 8, importance)
+    moved = scores * torch.tensor([0.01, 1.0, 50.0])[:, None] + torch.tensor([0.001, -2.0, 7.0])[:, None]
+    torch.testing.assert_close(selection_loss(moved, 8, importance), loss, rtol=1e-4, atol=1e-5)
+
+
+def test_raising_every_score_gains_nothing(scores, importance):
+    selection_loss(scores, 8, importance).sum().backward()
+    torch.testing.assert_close(scores.grad.sum(-1), torch.zeros(2, 3), rtol=0, atol=1e-5)
+
+
+def test_descent_lets_what_is_attended_to_survive(scores, importance):
+    """Plain gradient descent on the scores alone: the share of the attention on kept entries grows to the most."""
+
+    def kept_share(scores):
+        kept = torch.zeros_like(importance).scatter_(-1, scores.topk(8, dim=-1).indices, 1.0)
+        return float((importance * kept).sum() / importance.sum())
+
+    most, before = kept_share(importance), kept_share(scores)
+    optimizer = torch.optim.Adam([scores], lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        selection_loss(scores, 8, importance).sum().backward()
+        optimizer.step()
+    assert before < 0.8 * most
+    assert kept_share(scores) > 0.97 * most
+
+
+def test_a_row_weighs_its_heads_by_what_they_attend_to(scores, importance):
+    """A head to which no later query attends adds nothing, and rows do not mix."""
+    silent = importance.clone()
+    silent[:, 1] = 0
+    together = selection_loss(scores, 8, silent)
+    without = selection_loss(scores[:, [0, 2]], 8, silent[:, [0, 2]])
+    torch.testing.assert_close(together, without)
+    torch.testing.assert_close(selection_loss(scores[:1], 8, silent[:1]), together[:1])
+
+
+def test_equal_scores_give_no_nan(importance):
+    flat = torch.zeros(2, 3, 20, requires_grad=True)
+    loss = selection_loss(flat, 8, importance)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+
+
+def test_the_gradient_of_a_probability_does_not_vanish_with_it():
+    """One entry that is attended to, of a score near the border or far below it: the pull on its logit is alike."""
+
+    def pull(logit):
+        logits = torch.linspace(-2, 2, 20).repeat(1, 1, 1).requires_grad_()
+        with torch.no_grad():
+            logits[..., 0] = logit
+        selection_loss(logits.softmax(-1), 8, torch.eye(20)[0].view(1, 1, -1)).sum().backward()
+        return float(logits.grad[0, 0, 0])
+
+    assert pull(-9.0) < 0.9 * pull(-1.0) < 0
