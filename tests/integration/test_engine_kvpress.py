@@ -13,7 +13,16 @@ from sparsekv.evaluation.engine.work import FULL_CACHE, Cell, ContextWork, Quest
 from sparsekv.models import load_model, load_tokenizer
 from sparsekv.presses import make_press
 
-PRESSES = ("snapkv", "streaming_llm", "critical_snapkv", "adakv_snapkv", "kvzip", "anchor")
+PRESSES = (
+    "snapkv",
+    "streaming_llm",
+    "critical_snapkv",
+    "adakv_snapkv",
+    "expected_attention",
+    "keydiff",
+    "kvzip",
+    "anchor",
+)
 CELLS = (FULL_CACHE, *(Cell(press, ratio) for press in PRESSES for ratio in (0.3, 0.7)))
 NEW_TOKENS = 6
 

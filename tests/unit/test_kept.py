@@ -11,8 +11,8 @@ from kvpress.utils import compute_n_kept
 from tiny import make_tiny
 
 from sparsekv.evaluation.engine.caches import CacheMaker, eager_attention
+from sparsekv.evaluation.engine.evicted import EvictedCache, LayerEntries
 from sparsekv.evaluation.engine.kept import kept_positions
-from sparsekv.evaluation.engine.prefill import EvictedCache, LayerEntries
 from sparsekv.evaluation.engine.prompts import encode_prompt
 from sparsekv.evaluation.engine.work import FULL_CACHE, Cell, ContextWork, Question
 from sparsekv.presses import PRESSES, is_decoding, make_press, needs_eager, needs_question, shares_prefill, why_not

@@ -3,12 +3,14 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from kvpress import BasePress, FinchPress
+from kvpress import BasePress, FinchPress, KVzipPress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsekv.errors import UserError, require
+from sparsekv.evaluation.engine.evicted import EvictedCache
 from sparsekv.evaluation.engine.memory import is_out_of_memory
-from sparsekv.evaluation.engine.prefill import EvictedCache, prefill_alone, prefill_shared
+from sparsekv.evaluation.engine.prefill import prefill_alone, prefill_shared
+from sparsekv.evaluation.engine.replay import Replay, ReplayAt
 from sparsekv.evaluation.engine.work import Cell, ContextWork
 from sparsekv.presses import AnchorPress, make_press, needs_eager, shares_prefill, why_not
 
@@ -27,6 +29,7 @@ class CacheMaker:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self._presses: dict[Cell, BasePress | None] = {}
+        self._replays: dict[str, Replay] = {}  # by press
         self._unusable: dict[str, Exception] = {}  # by press, so that an unreachable file is waited for once
 
     def press(self, cell: Cell) -> BasePress | None:
@@ -46,12 +49,14 @@ class CacheMaker:
     def make(self, work: ContextWork, cells: Sequence[Cell]) -> dict[Cell, EvictedCache | Exception]:
         """Each cell's cache of the context, or the exception that its press raised; running out of memory is raised."""
         outcome: dict[Cell, EvictedCache | Exception] = {}
-        shared: dict[bool, dict[Cell, BasePress | None]] = {False: {}, True: {}}
+        shared: dict[bool, dict[Cell, BasePress | ReplayAt | None]] = {False: {}, True: {}}
         for cell in cells:
             try:
                 press = self.press(cell)
                 if press is None:
                     shared[False][cell] = None
+                elif type(press) is KVzipPress:
+                    shared[False][cell] = self._replay(cell, press) if cell.ratio else None
                 elif shares_prefill(press):
                     self._make_ready(cell, press, work)
                     shared[needs_eager(press)][cell] = press
@@ -67,15 +72,28 @@ class CacheMaker:
                     outcome |= prefill_shared(self.model, work.ids, presses, self.seed)
         return outcome
 
-    def _make_ready(self, cell: Cell, press: BasePress, work: ContextWork) -> None:
-        """What kvpress's own way into a press does before the forward pass."""
+    def _replay(self, cell: Cell, press: KVzipPress) -> ReplayAt:
+        """The press's passes, which are done once for all its cells."""
+        if cell.press not in self._replays:
+            with self._tried_once(cell):
+                self._replays[cell.press] = Replay(press, self.model)
+        return ReplayAt(self._replays[cell.press], cell.ratio)
+
+    @contextlib.contextmanager
+    def _tried_once(self, cell: Cell) -> Iterator[None]:
+        """Inside, a failure is the press's: at its next cell it is raised without another try."""
         if cell.press in self._unusable:
             raise self._unusable[cell.press]
         try:
-            press.post_init_from_model(self.model)
+            yield
         except Exception as error:
             self._unusable[cell.press] = error
             raise
+
+    def _make_ready(self, cell: Cell, press: BasePress, work: ContextWork) -> None:
+        """What kvpress's own way into a press does before the forward pass."""
+        with self._tried_once(cell):
+            press.post_init_from_model(self.model)
         if isinstance(press, AnchorPress):
             press.input_ids = work.ids
         if isinstance(press, FinchPress):

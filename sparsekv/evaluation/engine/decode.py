@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsekv.errors import require
+from sparsekv.evaluation.engine.evicted import EvictedCache
 from sparsekv.evaluation.engine.growing import GrowingAnswers
 from sparsekv.evaluation.engine.padded_cache import PADDED_ATTENTION, PaddedCache
 from sparsekv.evaluation.engine.padded_forward import PaddedForward
-from sparsekv.evaluation.engine.prefill import EvictedCache
 from sparsekv.evaluation.engine.sampling import Sampler
 
 # Share of rows still going at which the others leave the batch. Before, moving the cache costs more than they do: on a
@@ -124,11 +124,9 @@ def _begin(rows: Sequence[Row]) -> tuple[PaddedCache, Tensor, Tensor]:
     """The batch's cache, its left-padded ids, Long[B, Q], and their positions: as if nothing was evicted."""
     lengths = [row.length for row in rows]
     longest = max(lengths)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    positions = torch.zeros_like(ids)
-    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        ids[index, longest - length :] = row.ids[0]
-        positions[index, longest - length :] = row.cache.start + torch.arange(length)
+    ids = torch.tensor([[0] * (longest - row.length) + row.ids[0].tolist() for row in rows])
+    first = torch.tensor([row.cache.start + row.length - longest for row in rows])
+    positions = (first[:, None] + torch.arange(longest)).clamp(min=0)
     room = longest + max(row.max_new_tokens for row in rows)
     return PaddedCache([row.cache for row in rows], lengths, room), ids, positions
 

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparsekv.errors import UserError
 from sparsekv.evaluation.engine.caches import CacheMaker
 from sparsekv.evaluation.engine.decode import Row, generate, log_likelihoods
+from sparsekv.evaluation.engine.evicted import EvictedCache
 from sparsekv.evaluation.engine.memory import GIB, default_budget, is_out_of_memory
 from sparsekv.evaluation.engine.model_check import check_model
-from sparsekv.evaluation.engine.prefill import EvictedCache
 from sparsekv.evaluation.engine.sampling import Sampler, Sampling
 from sparsekv.evaluation.engine.while_decoding import generate_with_press, kept_while_decoding, prefill_for_decoding
 from sparsekv.evaluation.engine.work import FULL_CACHE, Answer, Cell, ContextWork, Failure, Question
@@ -266,6 +266,8 @@ class Engine:
 
     def _generate(self, batch: Sequence[_Pending]) -> list[Answer]:
         start = self._now()
+        # like lengths are attended to together
+        batch = sorted(batch, key=lambda pending: -pending.row.cache.length)
         answers = generate(self.model, [pending.row for pending in batch], self._stop_ids, self._sampler)
         seconds = (self._now() - start) / len(batch)
         return [
@@ -276,7 +278,7 @@ class Engine:
     def _score(self, batch: Sequence[_Pending]) -> list[Answer]:
         """Nats a token of the given answers, and how far each prediction is from the full cache's."""
         start = self._now()
-        scores = []
+        scores, counts = [], []
         starts = [max(1, pending.question.ids.shape[1]) for pending in batch]
         predictions = log_likelihoods(self.model, [pending.row for pending in batch], starts)
         for pending, begin, predicted in zip(batch, starts, predictions, strict=True):
@@ -286,11 +288,13 @@ class Engine:
             targets = pending.row.ids[0, begin:].to(predicted.device)
             nll = F.nll_loss(predicted, targets)
             kl = F.kl_div(predicted, full, reduction="batchmean", log_target=True)  # KL(full ‖ evicted)
-            scores.append((float(nll), float(kl), len(targets)))
+            scores.append(torch.stack([nll, kl]))
+            counts.append(len(targets))
+        found = torch.stack(scores).tolist()
         seconds = (self._now() - start) / len(batch)
         return [
             pending.answer(seconds, count, nll=nll, kl=kl)
-            for pending, (nll, kl, count) in zip(batch, scores, strict=True)
+            for pending, (nll, kl), count in zip(batch, found, counts, strict=True)
             if pending.wanted
         ]
 

@@ -6,7 +6,7 @@ Shapes: G key/value heads, C context tokens, n entries kept, D head dimension.
 import torch
 from torch import Tensor
 
-from sparsekv.evaluation.engine.prefill import EvictedCache, LayerEntries
+from sparsekv.evaluation.engine.evicted import EvictedCache, LayerEntries
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NO_ENTRY = torch.iinfo(torch.int64).max

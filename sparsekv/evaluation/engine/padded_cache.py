@@ -9,6 +9,7 @@ Shapes: B rows, H query heads, G key/value heads, S new tokens, T columns, K col
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import kvpress  # noqa: F401  # wraps the attention functions that exist at its import: ours must come later
@@ -19,7 +20,7 @@ from transformers import AttentionInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
 from sparsekv.attention import repeat_heads
-from sparsekv.evaluation.engine.prefill import EvictedCache, LayerEntries
+from sparsekv.evaluation.engine.evicted import EvictedCache, LayerEntries
 
 PADDED_ATTENTION = "sparsekv_padded"
 ALIGNMENT = 8  # columns; attention kernels copy a mask whose rows are not a multiple of this
@@ -52,30 +53,44 @@ class PaddedLayer(DynamicLayer):
         self.lengths = [entries.keys.shape[1] for entries in rows]
         self.width = max(self.lengths)
         total = -(-(self.width + room) // ALIGNMENT) * ALIGNMENT
-        self.keys, self.values = (first.new_zeros(len(rows), heads, total, dim) for _ in range(2))
-        by_head = any(entries.counts is not None for entries in rows)
-        real = torch.zeros(len(rows), heads if by_head else 1, total, dtype=torch.bool)
-        longest = max(question_lengths)
-        for row, (entries, question_length) in enumerate(zip(rows, question_lengths, strict=True)):
-            length = self.lengths[row]
-            own = slice(self.width - length, self.width)
-            self.keys[row, :, own], self.values[row, :, own] = entries.keys, entries.values
-            counts = torch.tensor([length]) if entries.counts is None else entries.counts.cpu()
-            real[row, :, own] = torch.arange(length) < counts[:, None]
-            real[row, :, self.width + longest - question_length :] = True
-        self.real, self.columns = real.to(first.device), torch.arange(total, device=first.device)
+        self.columns = torch.arange(total, device=first.device)
+        start = self.width - torch.tensor(self.lengths, device=first.device)
+        places = self._places(start, heads)
+        self.keys, self.values = (
+            torch.cat([first.new_zeros(1, dim), *entries]).index_select(0, places).view(len(rows), heads, total, dim)
+            for entries in zip(*((one.keys.reshape(-1, dim), one.values.reshape(-1, dim)) for one in rows), strict=True)
+        )
+        stop = start[:, None] + _counts(rows).to(first.device)
+        question = self.width + max(question_lengths) - torch.tensor(question_lengths, device=first.device)
+        kept = (self.columns >= start[:, None, None]) & (self.columns < stop[..., None])
+        self.real = kept | (self.columns >= question[:, None, None])
         self.is_initialized = True
 
+    def _places(self, start: Tensor, heads: int) -> Tensor:
+        """Long[B · G · T]: where an entry is among those of all rows, head after head, counted from 1; 0 at padding.
+
+        `start`, Long[B], is each row's first column.
+        """
+        lengths = self.width - start
+        row = (heads * (lengths.cumsum(0) - lengths) - start + 1)[:, None, None]  # its first entry, less its column
+        head = (torch.arange(heads, device=start.device) * lengths[:, None])[..., None]
+        kept = (self.columns >= start[:, None]) & (self.columns < self.width)
+        return torch.where(kept[:, None], row + head + self.columns, 0).flatten()
+
     def segments(self) -> list[tuple[slice, int]]:
-        """Neighbouring rows of like length, and the first column that any of them uses."""
-        found: list[tuple[int, int]] = []  # first row, longest length
-        for row, length in enumerate(self.lengths):
-            if not found or not LIKE_LENGTH * found[-1][1] <= length <= found[-1][1]:
-                found.append((row, length))
-        stops = [row for row, _ in found[1:]] + [len(self.lengths)]
+        """Neighbouring rows that are attended to together, and the first column that any of them uses.
+
+        A new segment begins where this row and all that follow are shorter. A short row among longer ones (presses
+        with budgets for single layers) is not worth one: in a step, each segment is a kernel.
+        """
+        longest = list(accumulate(reversed(self.lengths), max))[::-1]  # of each row and those after it
+        starts = [0]
+        for row, length in enumerate(longest):
+            if length < LIKE_LENGTH * longest[starts[-1]]:
+                starts.append(row)
         return [
-            (slice(row, stop), (self.width - length) // ALIGNMENT * ALIGNMENT)
-            for (row, length), stop in zip(found, stops, strict=True)
+            (slice(row, stop), (self.width - longest[row]) // ALIGNMENT * ALIGNMENT)
+            for row, stop in pairwise([*starts, len(longest)])
         ]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -106,6 +121,17 @@ class PaddedLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """Columns of evicted entries."""
         return self.width
+
+
+def _counts(rows: Sequence[LayerEntries]) -> Tensor:
+    """Long[B, 1 or G] on the CPU: the entries that each row's heads keep."""
+    lengths = torch.tensor([[entries.keys.shape[1]] for entries in rows])
+    counted = {row: entries.counts for row, entries in enumerate(rows) if entries.counts is not None}
+    if not counted:
+        return lengths
+    counts = lengths.repeat(1, rows[0].keys.shape[0])
+    counts[list(counted)] = torch.stack(list(counted.values()))
+    return counts
 
 
 class PaddedCache(Cache):

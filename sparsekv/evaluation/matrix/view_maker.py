@@ -20,9 +20,9 @@ from sparsekv.errors import UserError
 from sparsekv.evaluation.benchmarks.scoring.rows import answers
 from sparsekv.evaluation.comparison.results import benchmark_label
 from sparsekv.evaluation.engine.caches import CacheMaker, eager_attention
+from sparsekv.evaluation.engine.evicted import EvictedCache
 from sparsekv.evaluation.engine.kept import kept_positions
 from sparsekv.evaluation.engine.memory import is_out_of_memory
-from sparsekv.evaluation.engine.prefill import EvictedCache
 from sparsekv.evaluation.engine.work import FULL_CACHE, Cell, ContextWork
 from sparsekv.evaluation.matrix.cells import LOCKS
 from sparsekv.evaluation.matrix.jobs import Job
