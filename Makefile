@@ -38,4 +38,4 @@ format: .venv/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv out results
+	rm -rf .venv out

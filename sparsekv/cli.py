@@ -25,7 +25,11 @@ def make_parser(commands: Iterable[str] = COMMANDS) -> ArgumentParser:
     for name, known in COMMANDS.items():
         command = ArgumentParser(description=known.summary, exit_on_error=False)
         if name == "compare":
-            command.add_argument("folders", nargs="+", help="Results of the base, a control if any, the trained model.")
+            command.add_argument(
+                "folders",
+                nargs="+",
+                help="Results of the base, a control if any, the trained model; a,b,c: of several seeds.",
+            )
             command.add_argument("--output", type=str, help="Folder for compare.md and compare.csv.")
         elif name == "report":
             command.add_argument("results", nargs="+", help="Folders of eval, train, analyze or demo.")

@@ -10,7 +10,7 @@ import pytest
 from sparsekv.errors import UserError
 from sparsekv.evaluation.comparison.compare import compare, summarize, write_summary
 from sparsekv.evaluation.comparison.levels import ALL_TASKS, levels
-from sparsekv.evaluation.comparison.results import load_results
+from sparsekv.evaluation.comparison.results import BOUND_COLUMNS, load_results
 from tests.cells import write_cell
 
 TEXT = {"data": ("perplexity", None), "metrics": ("nll", "kl")}
@@ -288,3 +288,122 @@ def test_summary_without_any_finished_cell(tmp_path: Path) -> None:
     write_summary(tmp_path)
     assert pd.read_csv(tmp_path / "summary.csv").reason.tolist() == ["not finished"]
     assert "tova, 50%" in (tmp_path / "summary.md").read_text()
+
+
+# ---- several trainings of a role ----
+
+
+def write_seeds(out: Path, role: str, scores: np.ndarray, adapter: bool = True, **options: object) -> str:
+    """A run of the full cache and snapkv for each seed; scores are [seeds, cells, rows]. Returns their folders."""
+    folders = []
+    for seed, (full, evicted) in enumerate(scores.tolist()):
+        name = f"{role}-{seed}"
+        weights = {"adapter": name, "adapter_fingerprint": name} if adapter else {}
+        halves = [{"vt": cell[::2], "qa": cell[1::2]} for cell in (full, evicted)]
+        folders.append(str(write_run(out / name, *halves, **weights, **options)))
+    return ",".join(folders)
+
+
+def written(folders: list[str], out: Path) -> pd.DataFrame:
+    compare(folders, str(out))
+    return pd.read_csv(out / "compare.csv")
+
+
+def test_several_trainings_are_one_run_of_their_means(tmp_path: Path) -> None:
+    """Every figure but those about single trainings is that of a run whose scores are the means."""
+    rng = np.random.default_rng(3)
+    scores = {role: rng.normal(60, 20, (seeds, 2, 40)) for role, seeds in (("control", 3), ("trained", 3))}
+    base = write_seeds(tmp_path, "base", rng.normal(50, 20, (1, 2, 40)), adapter=False)
+    several = [base, *(write_seeds(tmp_path, role, values) for role, values in scores.items())]
+    single = [base, *(write_seeds(tmp_path / "m", r, v.mean(axis=0, keepdims=True)) for r, v in scores.items())]
+    found, wanted = written(several, tmp_path / "several"), written(single, tmp_path / "single")
+    own = ["adapter", "seeds", *(f"{name}_{other}{end}" for other in ("base", "control") for name, end in OWN)]
+    pd.testing.assert_frame_equal(found.drop(columns=own), wanted.drop(columns=own), rtol=1e-5)
+    assert found.groupby("run").seeds.unique().map(list).to_dict() == {"base": [1], "control": [3], "trained": [3]}
+    singles = scores["trained"].mean(axis=2)[:, 1] - scores["control"].mean(axis=2)[:, 1]  # tasks of as many rows
+    cell = row(found, run="trained")
+    assert (cell.diff_control_min, cell.diff_control_max) == pytest.approx((singles.min(), singles.max()), rel=1e-5)
+    assert cell.diff_control == pytest.approx(singles.mean(), rel=1e-4)
+    alone = row(wanted, run="trained")
+    assert alone.diff_control_min == alone.diff_control == alone.diff_control_max
+    text = (tmp_path / "several" / "compare.md").read_text()
+    assert "- trained: tiny with adapter trained-0, trained-1, trained-2; mean of 3 trainings; seed 0" in text
+    assert f"| {singles.min():+.1f} … {singles.max():+.1f} |" in text
+    assert "single trainings" not in (tmp_path / "single" / "compare.md").read_text()
+
+
+OWN = [("diff", "_min"), ("diff", "_max"), ("verdict", "")]
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"), [((30, 30, 1), "better"), ((30, 30, -1), "no difference"), ((-30, -30, 1), "worse")]
+)
+def test_better_in_every_training(tmp_path: Path, gains: tuple[int, ...], verdict: str) -> None:
+    noise = np.random.default_rng(4).normal(0, 1, (3, 2, 40))
+    base = write_seeds(tmp_path, "base", noise[:1] + 50, adapter=False)
+    control = write_seeds(tmp_path, "control", noise + 50)
+    trained = write_seeds(tmp_path, "trained", noise + 50 + np.reshape(gains, (3, 1, 1)))
+    found = written([base, control, trained], tmp_path / "out")
+    cell = row(found, run="trained")
+    assert (cell.p_control < 0.001, cell.verdict_control) == (True, verdict)
+    assert (cell.diff_control_min, cell.diff_control_max) == pytest.approx((min(gains), max(gains)), abs=1e-4)
+
+
+def test_worse_in_every_training(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    base = write_seeds(tmp_path, "base", rng.normal(50, 1, (1, 2, 40)), adapter=False)
+    trained = write_seeds(tmp_path, "trained", rng.normal(40, 1, (2, 2, 40)))
+    assert row(written([base, trained], tmp_path / "out"), run="trained").verdict_base == "worse"
+
+
+def test_trainings_that_do_not_belong_together(tmp_path: Path) -> None:
+    scores = np.full((3, 2, 4), 50.0)
+    base = write_seeds(tmp_path, "base", scores[:1], adapter=False)
+    control, trained = write_seeds(tmp_path, "control", scores[:2]), write_seeds(tmp_path, "trained", scores)
+    with pytest.raises(UserError, match="control: 2 seeds, trained: 3; give as many of both, or one control"):
+        compare([base, control, trained])
+    first, second, third = trained.split(",")
+    with pytest.raises(UserError, match=rf"trained: {first} and {first} hold the same weights"):
+        compare([base, ",".join([first, second, first])])
+    write_cell(Path(third), "knorm", 0.5, {"vt": [1], "qa": [1]}, adapter="trained-2", adapter_fingerprint="trained-2")
+    with pytest.raises(UserError, match=rf"knorm 0.5 has scores in {third}, but not in {first}"):
+        compare([base, trained])
+    other = write_seeds(tmp_path / "other", "trained", scores[:2], benchmark_fingerprint="g").split(",")[1]
+    with pytest.raises(UserError, match="benchmark_fingerprint is g, but f"):
+        compare([base, f"{first},{other}"])
+
+
+# ---- bounds ----
+
+
+def write_bounds(out: Path, **changes: object) -> None:
+    common = {"benchmark": "ruler-local", "data_dir": "4096", "model": "tiny", "benchmark_fingerprint": "f"}
+    common |= {"press": "snapkv", "compression_ratio": 0.5, "n": 20}
+    rows = [common | {"task": "vt", "bound": 30.0} | changes, common | {"task": "qa", "bound": 50.0} | changes]
+    (out / "bounds").mkdir()
+    pd.DataFrame(rows)[BOUND_COLUMNS].to_csv(out / "bounds" / "x.csv", index=False)
+
+
+def test_bounds_stand_beside_their_cells(tmp_path: Path) -> None:
+    folders = [write_seeds(tmp_path, "base", np.full((1, 2, 4), 5.0), adapter=False)]
+    folders.append(write_seeds(tmp_path, "trained", np.full((1, 2, 4), 6.0)))
+    write_bounds(tmp_path / "base-0")
+    found = written(folders, tmp_path / "out")
+    assert row(found, run="trained", task="vt").bound == 30
+    assert row(found, run="trained").bound == row(found, run="base").bound == 40
+    assert found[found.press == "no_press"].bound.isna().all()
+    assert "| bound |" in (tmp_path / "out" / "compare.md").read_text()
+
+
+@pytest.mark.parametrize("other", [{"benchmark_fingerprint": "g"}, {"data_dir": "8192"}, {"compression_ratio": 0.3}])
+def test_bounds_of_other_rows_or_cells_do_not_count(tmp_path: Path, other: dict) -> None:
+    write_seeds(tmp_path, "base", np.full((1, 2, 4), 5.0), adapter=False)
+    write_bounds(tmp_path / "base-0", **other)
+    assert summarize(load_results(tmp_path / "base-0")).bound.isna().all()
+
+
+def test_corrupt_bounds_are_named(tmp_path: Path) -> None:
+    write_seeds(tmp_path, "base", np.full((1, 2, 4), 5.0), adapter=False)
+    write_bounds(tmp_path / "base-0", bound="many")
+    with pytest.raises(UserError, match=r"bounds/x.csv: corrupt .*; delete .* run the same `sparsekv eval` again"):
+        load_results(tmp_path / "base-0")

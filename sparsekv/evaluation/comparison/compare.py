@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from sparsekv.errors import UserError, require
+from sparsekv.errors import require
 from sparsekv.evaluation.comparison import tables
 from sparsekv.evaluation.comparison.levels import ALL_TASKS, FULL_CACHE, Level, levels
-from sparsekv.evaluation.comparison.results import NO_PRESS, Results, load_results
+from sparsekv.evaluation.comparison.results import CELL, NO_PRESS, RUN, Results, load_results
+from sparsekv.evaluation.comparison.roles import comparisons, with_own_base
 from sparsekv.evaluation.comparison.statistics import Floats, Sampled, holm, interval, p_values, ratio
 from sparsekv.files import write_text, writing
 
@@ -24,10 +25,10 @@ SIGNIFICANT = 0.05
 PLACE = ["run", "benchmark", "data_dir", "task", "metric"]
 COLUMNS = [
     *("run", "model", "adapter", "benchmark", "data_dir", "task", "metric", "press", "compression_ratio", "n"),
-    *("score", "ci_low", "ci_high", "retention", "retention_low", "retention_high"),
+    *("score", "ci_low", "ci_high", "retention", "retention_low", "retention_high", "bound"),
 ]
-DIFFERENCES = ["diff_{}", "diff_{}_low", "diff_{}_high", "p_{}", "verdict_{}"]
-LAST_COLUMNS = ["headline", "lower_is_better", "seed", "commit", "reason"]
+DIFFERENCES = ["diff_{}", "diff_{}_low", "diff_{}_high", "p_{}", "diff_{}_min", "diff_{}_max", "verdict_{}"]
+LAST_COLUMNS = ["headline", "lower_is_better", "seeds", "seed", "commit", "reason"]
 
 
 class Analysis(NamedTuple):
@@ -57,18 +58,20 @@ def summarize(results: Results, base: Results | None = None, control: Results | 
     -------
     DataFrame
         model, adapter, benchmark, data_dir, task (`ALL_TASKS` for the average), metric, press, compression_ratio, n
-        (rows), score, ci_low, ci_high, retention, retention_low, retention_high (1 = nothing lost); with base, and the
-        same with control, diff_base (score less base's), diff_base_low, diff_base_high, p_base (sign flips, Holm over
-        the cells of the run), verdict_base (better, worse, no difference); headline (whether the metric is the
-        benchmark's first), lower_is_better, seed, commit; reason: why the cell has no score. NaN where undefined.
+        (rows), score, ci_low, ci_high, retention, retention_low, retention_high (1 = nothing lost), bound (the score
+        that copying gives a press that goes by position alone); with base, and the same with control, diff_base (score
+        less base's), diff_base_low, diff_base_high, p_base (sign flips, Holm over the cells of the run),
+        diff_base_min, diff_base_max (of single trainings), verdict_base (better, worse, no difference); headline
+        (whether the metric is the benchmark's first), lower_is_better, seeds (trainings), seed (of the evaluation),
+        commit; reason: why the cell has no score. NaN where undefined.
 
     Raises
     ------
     UserError
         Base or control hold other rows than the results, or several runs of which none is meant.
     """
-    references = {role: other for role, other in (("base", base), ("control", control)) if other is not None}
-    return _of_last_role([analyze(runs) for runs in _comparisons(results, references)])
+    references = {role: [other] for role, other in (("base", base), ("control", control)) if other is not None}
+    return _of_last_role([analyze(runs) for runs in comparisons([results], references)])
 
 
 def write_summary(folder: str | Path) -> None:
@@ -78,7 +81,7 @@ def write_summary(folder: str | Path) -> None:
     """
     folder = Path(folder)
     results = load_results(folder)
-    analyses = [analyze(_with_own_base(results, model, adapter)) for model, adapter in results.runs()]
+    analyses = [analyze(with_own_base(results, model, adapter)) for model, adapter in results.runs()]
     summary = _of_last_role(analyses)
     _write_text(folder / "summary", summary, "Results", analyses)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".summary") as temporary:
@@ -92,7 +95,7 @@ def compare(folders: Sequence[str], output: str | None = None) -> None:
     Parameters
     ----------
     folders : sequence of str
-        Base and trained, or base, control and trained.
+        Base and trained, or base, control and trained; with commas, of trainings that differ in their seed.
     output : str, optional
         Folder for the same tables as compare.md, and every figure as compare.csv.
 
@@ -102,8 +105,11 @@ def compare(folders: Sequence[str], output: str | None = None) -> None:
         Another number of folders; runs that do not belong together; no cell in common.
     """
     require(len(folders) in (2, 3), f"compare: {len(folders)} folders given; it takes base [control] trained")
-    *others, trained = [load_results(folder) for folder in folders]
-    analyses = [analyze(runs) for runs in _comparisons(trained, dict(zip(ROLES, others, strict=False)))]
+    *others, trained = [[load_results(folder) for folder in role.split(",")] for role in folders]
+    for role, other in zip(ROLES, others, strict=False):
+        paired = len(other) in (1, len(trained))
+        require(paired, f"{role}: {len(other)} seeds, trained: {len(trained)}; give as many of both, or one {role}")
+    analyses = [analyze(runs) for runs in comparisons(trained, dict(zip(ROLES, others, strict=False)))]
     for summary, _, role in analyses:
         shared = "diff_base" in summary and summary.diff_base[summary.run == role].notna().any()
         require(shared, f"{folders[0]} and {folders[-1]}: no finished cell in common, so there is nothing to compare")
@@ -124,33 +130,6 @@ def _of_last_role(analyses: Sequence[Analysis]) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def _comparisons(results: Results, references: Mapping[str, Results]) -> list[dict[str, Results]]:
-    """For each run of the results: role → run, the references first."""
-    last = "trained" if references else "run"
-    return [
-        {role: _reference(role, other, run[0]) for role, other in references.items()} | {last: results.run(*run)}
-        for run in results.runs()
-    ]
-
-
-def _reference(role: str, results: Results, model: str) -> Results:
-    """The run that a run of this model is compared with."""
-    runs = results.runs()
-    same = [run for run in runs if run[0] == model] or runs
-    if len(same) > 1:
-        listed = "; ".join(" with ".join(filter(None, run)) for run in same)
-        raise UserError(f"{results.folder}: holds several runs ({listed}); give a folder with one as {role} of {model}")
-    return results.run(*same[0])
-
-
-def _with_own_base(results: Results, model: str, adapter: str) -> dict[str, Results]:
-    """A run, and the same model without an adapter where it is in the same folder."""
-    run = results.run(model, adapter)
-    if adapter and (model, "") in results.runs():
-        return {"base": results.run(model, ""), "trained": run}
-    return {"run": run}
-
-
 def analyze(runs: Mapping[str, Results]) -> Analysis:
     """Compare runs, each of one model and adapter, with those before them.
 
@@ -169,7 +148,9 @@ def analyze(runs: Mapping[str, Results]) -> Analysis:
     summary = pd.concat([table for table in rows if not table.empty], ignore_index=True)
     for role, run in runs.items():
         mine = summary.run == role
-        summary.loc[mine, ["model", "adapter"]] = run.runs()[0]
+        for key, several in zip(RUN, zip(*run.runs(), strict=True), strict=True):
+            summary.loc[mine, key] = ", ".join(dict.fromkeys(several))
+        summary.loc[mine, "seeds"] = max(1, run.scores.training.nunique())
         for key in ("seed", "commit"):
             summary.loc[mine, key] = ", ".join(sorted({str(value) for value in run.cells[key]} - {""}))
     headline = pd.DataFrame(headlines)
@@ -194,12 +175,14 @@ def _rows(level: Level, role: str, references: Sequence[str]) -> pd.DataFrame:
     score, retention = level.scores(role, cells), level.retention(role, cells)
     table["score"], (table["ci_low"], table["ci_high"]) = score.value, interval(score)
     table["retention"], (table["retention_low"], table["retention_high"]) = retention.value, interval(retention)
+    table["bound"] = [level.bounds.get(cell, np.nan) for cell in cells]
     for other in references:
         shared = level.cells(role, other)
         difference = level.scores(role, shared) - level.scores(other, shared)
         p = p_values(level.flipped_scores(role, shared) - level.flipped_scores(other, shared))
-        figures = np.column_stack([difference.value, *interval(difference), p])
-        columns = [name.format(other) for name in DIFFERENCES[:4]]
+        single = level.differences(role, other, shared)
+        figures = np.column_stack([difference.value, *interval(difference), p, single.min(axis=0), single.max(axis=0)])
+        columns = [name.format(other) for name in DIFFERENCES[:-1]]
         table[columns] = np.nan
         table.loc[[cells.index(cell) for cell in shared], columns] = figures
     return table
@@ -207,7 +190,7 @@ def _rows(level: Level, role: str, references: Sequence[str]) -> pd.DataFrame:
 
 def _unavailable(run: Results, role: str) -> pd.DataFrame:
     """One row for each cell without a score."""
-    table = run.cells[run.cells.reason != ""][["benchmark", "data_dir", "press", "compression_ratio", "reason"]]
+    table = run.cells[run.cells.reason != ""].drop_duplicates(CELL)[[*CELL, "reason"]]
     return table.assign(run=role, task=ALL_TASKS, metric="", n=0, headline=True, lower_is_better=False)
 
 
@@ -243,14 +226,16 @@ def _judge(summary: pd.DataFrame, other: str) -> None:
     """Adjust the p-values of the differences to `other`, and say which differences they leave.
 
     The cells of one run are one family: those of averages over tasks, those of single tasks, and the same of secondary
-    metrics are adjusted apart.
+    metrics are adjusted apart. Of several trainings, every single one must be better for a cell to be better; nothing
+    more is asked of a cell that is worse.
     """
     p, difference = f"p_{other}", summary[f"diff_{other}"]
     family = summary.groupby(["run", summary.task == ALL_TASKS, "headline"])[p]
     summary[p] = family.transform(lambda values: holm(values.to_numpy()))
     gain: Floats = np.where(summary.lower_is_better.astype(bool), -difference, difference)
     names = np.where(gain > 0, "better", "worse")
-    names = np.where(summary[p] < SIGNIFICANT, names, "no difference")
+    alike = np.where(difference > 0, summary[f"diff_{other}_min"] > 0, summary[f"diff_{other}_max"] < 0)
+    names = np.where((summary[p] < SIGNIFICANT) & (alike | (gain < 0)), names, "no difference")
     summary[f"verdict_{other}"] = np.where(difference.isna(), "", names)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,18 @@ import pandas as pd
 
 from sparsekv.errors import UserError
 from sparsekv.evaluation.comparison.results import NO_PRESS, Results, check_paired
-from sparsekv.evaluation.comparison.statistics import Sampled, average, bootstrap_means, ratio, sign_flipped_means
+from sparsekv.evaluation.comparison.statistics import (
+    Floats,
+    Sampled,
+    average,
+    bootstrap_means,
+    ratio,
+    sign_flipped_means,
+)
 
 ALL_TASKS = "all tasks"
 FULL_CACHE = (NO_PRESS, 0.0)
+COLUMN = ["role", "press", "compression_ratio"]
 Cell = tuple[str, float]  # press, compression ratio
 
 
@@ -34,7 +42,11 @@ class Level:
     columns : list of (role, press, compression ratio)
         What the columns of `means` and `flipped` are.
     means, flipped : Sampled
-        Means of bootstrap resamples, and means under random signs of the rows.
+        Means of bootstrap resamples, and means under random signs of the rows, of scores that are means over trainings.
+    trainings : list of float64[trainings]
+        For each column the mean score of each training of its role.
+    bounds : mapping
+        Cell → how far a press that goes by position alone can come by copying, as a score.
     """
 
     benchmark: str
@@ -47,6 +59,8 @@ class Level:
     columns: list[tuple[str, str, float]]
     means: Sampled
     flipped: Sampled
+    trainings: list[Floats]
+    bounds: Mapping[Cell, float] = field(default_factory=dict)
 
     @property
     def roles(self) -> set[str]:
@@ -65,6 +79,16 @@ class Level:
     def flipped_scores(self, role: str, cells: Sequence[Cell]) -> Sampled:
         """The same under random signs; the signs of a row are the same in all runs and cells."""
         return self.flipped.take([self.columns.index((role, *cell)) for cell in cells])
+
+    def differences(self, role: str, other: str, cells: Sequence[Cell]) -> Floats:
+        """Mean score of each training of one role less that of the same training of the other, or of its only one:
+        float64[trainings, cells].
+        """
+        mine, theirs = (
+            np.column_stack([self.trainings[self.columns.index((name, *cell))] for cell in cells])
+            for name in (role, other)
+        )
+        return mine - theirs
 
     def retention(self, role: str, cells: Sequence[Cell]) -> Sampled:
         """Score / the run's own full-cache score; of `nll`, the perplexities' full / evicted. NaN where undefined:
@@ -105,15 +129,28 @@ def levels(runs: Mapping[str, Results]) -> Iterator[Level]:
     table["measure"] = table.metric.where(~table.headline.astype(bool), "")
     table["suite"] = _suites(table)
     group, task = ["benchmark", "suite", "measure"], ["data_dir", "task", "metric"]
-    column = ["role", "press", "compression_ratio"]
+    column = [*COLUMN, "training"]
     wide = table.groupby([*group, *task, "row", *column]).score.mean().unstack(column)  # generations are averaged
+    bounds = _bounds(runs)
     for (benchmark, suite, measure), tables in wide.groupby(level=group):
         found = []
         for (data_dir, name, metric), values in tables.groupby(level=task):
             known = {"benchmark": benchmark, "data_dir": data_dir, "task": name, "metric": metric}
-            found.append(_one_task(values, headline=measure == "", lower_is_better=metric in lower, **known))
+            known |= {"headline": measure == "", "lower_is_better": metric in lower}
+            place = (benchmark, data_dir, name)
+            found.append(_one_task(values, bounds=bounds.get(place, {}) if measure == "" else {}, **known))
         yield from found
         yield from _all_tasks(found, suite)
+
+
+def _bounds(runs: Mapping[str, Results]) -> dict[tuple[str, str, str], dict[Cell, float]]:
+    """(benchmark, data_dir, task) → the bounds of its cells."""
+    bounds: dict[tuple[str, str, str], dict[Cell, float]] = {}
+    for run in runs.values():
+        for row in run.bounds.itertuples():
+            cells = bounds.setdefault((row.benchmark, row.data_dir, row.task), {})
+            cells[row.press, row.compression_ratio] = row.bound
+    return bounds
 
 
 def _suites(scores: pd.DataFrame) -> pd.Series:
@@ -129,17 +166,20 @@ def _one_task(values: pd.DataFrame, **known: Any) -> Level:
     values = values.dropna(axis=1, how="all")
     lacking = values.isna().sum()
     if lacking.any():
-        role, press, share = lacking.idxmax()
+        role, press, share, _ = lacking.idxmax()
         where = " ".join(str(known[key]) for key in ("benchmark", "data_dir", "task") if known[key])
         raise UserError(
             f"{where}: the cell {press} {share:g} of {role} lacks {lacking.max()} of the {len(values)} rows that other "
             "cells have; delete its folder and evaluate it again"
         )
-    array = values.to_numpy(dtype=np.float64)
+    groups = values.T.groupby(level=COLUMN)
+    trainings = [group.mean(axis=1).to_numpy() for _, group in groups]
+    array = groups.mean().T.to_numpy(dtype=np.float64)
     # From the name, so that a task's figures do not depend on what else is in the folder.
     seed = zlib.crc32("/".join([known["benchmark"], known["data_dir"], known["task"]]).encode())
     means, flipped = bootstrap_means(array, seed), sign_flipped_means(array, seed)
-    return Level(**known, n=len(array), columns=values.columns.tolist(), means=means, flipped=flipped)
+    columns = [column for column, _ in groups]
+    return Level(**known, n=len(array), columns=columns, means=means, flipped=flipped, trainings=trainings)
 
 
 def _all_tasks(tasks: Sequence[Level], suite: str) -> Iterator[Level]:
@@ -158,4 +198,12 @@ def _all_tasks(tasks: Sequence[Level], suite: str) -> Iterator[Level]:
             columns=columns,
             means=average([task.means.take(place) for task, place in zip(tasks, places, strict=True)]),
             flipped=average([task.flipped.take(place) for task, place in zip(tasks, places, strict=True)]),
+            trainings=[
+                np.mean([task.trainings[place[index]] for task, place in zip(tasks, places, strict=True)], axis=0)
+                for index in range(len(columns))
+            ],
+            bounds={
+                cell: sum(task.bounds[cell] for task in tasks) / len(tasks)
+                for cell in set[Cell].intersection(*(set(task.bounds) for task in tasks))
+            },
         )

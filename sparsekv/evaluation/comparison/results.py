@@ -18,8 +18,10 @@ FINISHED = ("predictions.csv", "metrics.json", "profile.json")
 SCORE = "score:"  # what the names of score columns in predictions.csv begin with
 CELL = ["benchmark", "data_dir", "press", "compression_ratio"]
 RUN = ["model", "adapter"]
-COLUMNS = [*RUN, *CELL, "task", "row", "generation", "metric", "score", "headline"]
+COLUMNS = [*RUN, *CELL, "task", "row", "generation", "training", "metric", "score", "headline"]
+BOUNDS = "bounds"  # folder beside the cells: how far presses that go by position alone can come
 ROWS = "benchmark_fingerprint"  # of a benchmark's rows, in their order
+BOUND_COLUMNS = ["benchmark", "data_dir", "model", ROWS, "task", "press", "compression_ratio", "n", "bound"]
 # What may differ between cells that are compared; all else in a cell's `sparsekv` section may not.
 FREE = {"model", "model_fingerprint", "adapter", "adapter_fingerprint", "dtype", "benchmark"}
 FREE |= {"kvpress_version", "transformers_version"}
@@ -38,12 +40,16 @@ class Results:
         One row a cell: `RUN` and `CELL` columns, folder, seed, commit, lower_is_better (frozenset of metrics), settings
         (what decides its answers), reason (why it has no scores, or "").
     scores : DataFrame
-        One row a cell, question, generation and metric: `COLUMNS`; headline is whether this is the task's first metric.
+        One row a cell, question, generation and metric: `COLUMNS`; headline is whether this is the task's first metric,
+        training the number of the run among several of a role.
+    bounds : DataFrame
+        One row a positional cell and task: `BOUND_COLUMNS`.
     """
 
     folder: Path
     cells: pd.DataFrame
     scores: pd.DataFrame
+    bounds: pd.DataFrame
 
     def runs(self) -> list[tuple[str, str]]:
         """Every (model, adapter) here; the adapter of an untrained model is ""."""
@@ -54,7 +60,7 @@ class Results:
         cells, scores = (
             table[(table.model == model) & (table.adapter == adapter)] for table in (self.cells, self.scores)
         )
-        return Results(self.folder, cells, scores)
+        return Results(self.folder, cells, scores, self.bounds[self.bounds.model == model])
 
 
 def load_results(folder: str | Path) -> Results:
@@ -77,7 +83,7 @@ def load_results(folder: str | Path) -> Results:
     scores = pd.concat(full, ignore_index=True) if full else pd.DataFrame(columns=COLUMNS)
     for _, group in cells.groupby(RUN):
         check_paired(group)
-    return Results(folder, cells, scores)
+    return Results(folder, cells, scores, _load_bounds(cells))
 
 
 def check_results(folder: Path, pattern: str = "*") -> None:
@@ -132,6 +138,27 @@ def _load_cell(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     return cell, pd.DataFrame(columns=COLUMNS)
 
 
+def _load_bounds(cells: pd.DataFrame) -> pd.DataFrame:
+    """What the folders of these cells hold about the same rows."""
+    rows = {(cell.benchmark, cell.data_dir, cell.settings.get(ROWS)) for cell in cells.itertuples()}
+    tables = [pd.DataFrame(columns=BOUND_COLUMNS)]
+    for file in sorted({file for folder in cells.folder for file in folder.parent.glob(f"{BOUNDS}/*.csv")}):
+        try:
+            table = read_bounds(file)
+        except (ValueError, KeyError) as error:
+            again = f"delete {file} and run the same `sparsekv eval` again"
+            raise UserError(f"{file}: corrupt ({' '.join(str(error).split())}); {again}") from error
+        if set(table[["benchmark", "data_dir", ROWS]].itertuples(index=False, name=None)) <= rows:
+            tables.append(table)
+    return pd.concat(tables[1:], ignore_index=True) if tables[1:] else tables[0]
+
+
+def read_bounds(file: Path) -> pd.DataFrame:
+    """One file of bounds; raises ValueError or KeyError where it is none."""
+    table = pd.read_csv(file, dtype=dict.fromkeys(BOUND_COLUMNS[:6], str), keep_default_na=False)[BOUND_COLUMNS]
+    return table.astype({"compression_ratio": float, "n": int, "bound": float})
+
+
 def _describe(config: dict[str, Any]) -> dict[str, Any]:
     """A cell's row of `Results.cells`, as far as config.yaml tells."""
     settings = config["sparsekv"]
@@ -174,7 +201,7 @@ def _load_scores(file: Path) -> pd.DataFrame:
         _refuse(table, ~np.isfinite(table[metrics]).any(axis=1) | np.isinf(table[metrics]).any(axis=1), "has no score")
     _refuse(table, table.duplicated(["row", "generation"]), "is there twice")
     long = table.melt(wanted, metrics, "metric", "score").dropna(subset="score")
-    long["metric"] = long.metric.str.removeprefix(SCORE)
+    long["metric"], long["training"] = long.metric.str.removeprefix(SCORE), 0
     long["headline"] = long.metric == long.groupby("task").metric.transform("first")
     return long
 

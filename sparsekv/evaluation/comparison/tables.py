@@ -28,6 +28,9 @@ bootstrap interval ({DRAWS:,} draws of rows, tasks drawn apart, fixed seed); no 
 {ALL_TASKS}: every task counts the same.
 Retention: score / full-cache score of the same run and rows; for nll, perplexity of the full cache / of the evicted \
 one; {NONE} where the full cache scores 0.
+Of several trainings, a score is the mean over them, an interval is over rows, and ▲ needs every training to be \
+better.
+Bound: the score that a press which goes by position alone reaches by copying the answers that it keeps.
 Gap closed: Σ (run − base) / Σ (base with the full cache − base) over the evicted cells.
 ▲ better, ▼ worse, = no difference: p below 0.05, two-sided paired sign-flip permutation test ({FLIPS:,} flips), \
 Holm-adjusted over the cells of a run."""
@@ -79,7 +82,8 @@ def describe(analysis: Analysis) -> list[str]:
     for run, table in analysis.summary.groupby("run"):
         first = table.iloc[0]
         adapter = f" with adapter {first.adapter}" if first.adapter else ", no adapter"
-        lines.append(f"{run}: {first.model}{adapter}; seed {first.seed}; commit {first.commit or 'unknown'}")
+        trained = f"; mean of {first.seeds:.0f} trainings" if first.seeds > 1 else ""
+        lines.append(f"{run}: {first.model}{adapter}{trained}; seed {first.seed}; commit {first.commit or 'unknown'}")
     return lines
 
 
@@ -144,7 +148,10 @@ def _cells(table: pd.DataFrame, role: str) -> Table:
     first, roles = table.iloc[0], sorted(table.run.unique())
     others = [other for other in roles if f"p_{other}" in table and other != role]
     header = ["press, evicted", *(f"{run}: score, retention" for run in roles)]
-    header += [name for other in others for name in (f"{role} − {other}", "p")]
+    single = ["single trainings"] if table.seeds.max() > 1 else []
+    header += [name for other in others for name in (f"{role} − {other}", *single, "p")]
+    bounded = table.bound.notna().any()
+    header += ["bound"] if bounded else []
     rows = []
     for _, group in table.groupby([table.press != NO_PRESS, "press", "compression_ratio"]):
         runs = {row["run"]: row for row in group.to_dict("records")}
@@ -152,7 +159,9 @@ def _cells(table: pd.DataFrame, role: str) -> Table:
         line = [cell_name(group.iloc[0]), *scores]
         for other in others:
             row = runs.get(role, {})
-            line += [difference_text(row, other), p_text(row, other)]
+            line += [difference_text(row, other), *(trainings_text(row, other) for _ in single), p_text(row, other)]
+        if bounded:
+            line.append(figure_text(group.iloc[0], "bound", score_form(first)))
         rows.append(line)
     less = ", lower is better" if first.lower_is_better else ""
     return Table(f"{benchmark_name(first)}, {first.task}: {first.metric}{less} (n = {first.n})", header, rows)
@@ -201,6 +210,14 @@ def difference_text(row: Mapping[str, Any], role: str) -> str:
     if pd.isna(row.get(f"diff_{role}")):
         return NONE
     return f"{SYMBOLS[row[f'verdict_{role}']]} {figure_text(row, f'diff_{role}', score_form(row, '+'))}"
+
+
+def trainings_text(row: Mapping[str, Any], role: str) -> str:
+    """`+1.2 … +3.0`: the smallest and the largest difference of a single training."""
+    if pd.isna(row.get(f"diff_{role}_min")):
+        return NONE
+    form = score_form(row, "+")
+    return " … ".join(form.format(row[f"diff_{role}_{end}"]) for end in ("min", "max"))
 
 
 def p_text(row: Mapping[str, Any], role: str) -> str:

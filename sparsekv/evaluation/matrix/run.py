@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from sparsekv.evaluation.comparison.compare import write_summary
 from sparsekv.evaluation.engine.engine import Engine
 from sparsekv.evaluation.engine.sampling import Sampling
+from sparsekv.evaluation.matrix.bounds import write_bounds
 from sparsekv.evaluation.matrix.cells import LOCKS
 from sparsekv.evaluation.matrix.config import EvalConfig
 from sparsekv.evaluation.matrix.inputs import Run, device, prepare
@@ -77,12 +78,13 @@ def _begin(run: Run) -> None:
 
 
 def _end(run: Run) -> None:
-    """Finish cells that were complete before, and write the needles and the summary."""
+    """Finish cells that were complete before, and write needles, bounds and the summary."""
     with writing(run.out, "--out"):
         for job in run.jobs:
             job.refresh()
             job.finish()
             write_needles(job)
+            write_bounds(job)
     _summarize(run.out)
 
 

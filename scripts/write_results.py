@@ -1,0 +1,198 @@
+#!/usr/bin/env python
+"""Fill the marked blocks of docs/results.md from the files under results/. results/README.md says what makes them."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from sparsekv.errors import UserError
+from sparsekv.evaluation.comparison import tables
+from sparsekv.evaluation.comparison.compare import ROLES
+from sparsekv.evaluation.comparison.goals import goals, read_compare
+from sparsekv.evaluation.comparison.levels import ALL_TASKS
+from sparsekv.evaluation.comparison.results import CELL, NO_PRESS
+from sparsekv.files import fill_block
+
+VERDICTS = {None: "not measured", True: "met", False: "**missed**"}
+SEEDS = "{0}-0,{0}-1,{0}-2"
+COMMANDS = {  # experiment → what makes its compare.csv
+    "headline": f"sparsekv compare out/eval/base {SEEDS.format('out/eval/control')} {SEEDS.format('out/eval/trained')} "
+    "--output results/headline",
+    "ablations": "sparsekv compare out/eval/base out/eval/control-0 out/eval/RUN --output results/ablations/RUN",
+}
+# Of a training, beside its data and size.
+OPTIONS = ("lambda_kl", "lambda_context", "lambda_selection", "lr", "lora_r", "num_cuts")
+LEGEND = (
+    "[low, high]: 95% percentile bootstrap over rows. Difference: trained − control, paired by row; ▲ better, ▼ worse, "
+    "= no difference (p below 0.05, sign-flip permutation test, Holm over the cells of the run; for ▲ also every "
+    "training better)."
+)
+
+
+def main(results: Path, document: Path) -> None:
+    """Fill every block; where an experiment's files are absent, say which command makes them."""
+    headline = results / "headline" / "compare.csv"
+    if headline.is_file():
+        table = read_compare(headline)
+        blocks = {"goals": goals_block(table), "headline": headline_block(table)}
+    else:
+        blocks = dict.fromkeys(("goals", "headline"), absent(headline, "headline"))
+    blocks["trainings"] = trainings_block(results) or absent(results / "headline" / "training", "headline")
+    runs = {file.parent.name: read_compare(file) for file in sorted(results.glob("ablations/*/compare.csv"))}
+    blocks["ablations"] = ablations_block(runs) if runs else absent(results / "ablations", "ablations")
+    for name, text in blocks.items():
+        fill_block(document, name, text)
+
+
+def absent(path: Path, experiment: str) -> str:
+    """What is written where nothing is known."""
+    about = f"`{path}` is not there yet. After the trainings and evaluations (`results/README.md`) this makes it:"
+    return f"{about}\n\n    {COMMANDS[experiment]}"
+
+
+def goals_block(table: pd.DataFrame) -> str:
+    """One row a goal."""
+    rows = [[goal.name, goal.goal, goal.shown, VERDICTS[goal.met], str(goal.n)] for goal in goals(table)]
+    shown = tables.markdown_table(["", "goal", "figure", "verdict", "n of cells"], rows)
+    what = caption(table[table.task == ALL_TASKS])
+    return f"{what} A cell: benchmark, length, press and ratio, averaged over tasks.\n\n{shown}"
+
+
+def caption(table: pd.DataFrame, named: bool = True) -> str:
+    """Whose figures these are: model, adapters, rows, seeds and commits."""
+    runs = []
+    for role in [role for role in ROLES if role in set(table.run)]:
+        first = table[table.run == role].iloc[0]
+        trained = f" (mean of {first.seeds:.0f} trainings)" if first.seeds > 1 else ""
+        runs.append(f"{role} {first.adapter or 'without an adapter'}{trained}")
+    first = table.iloc[0]
+    places = table.drop_duplicates(["benchmark", "data_dir"]).to_dict("records")
+    rows = ", ".join(f"{tables.benchmark_name(row)} (n = {row['n']} rows)" for row in places)
+    commits = ", ".join(sorted({commit for commit in table.commit if commit})) or "unknown"
+    return "; ".join(
+        [first.model, *(runs if named else []), rows, f"evaluation seed {first.seed}", f"commit {commits}."]
+    )
+
+
+def headline_block(table: pd.DataFrame) -> str:
+    """A table for each benchmark and length."""
+    parts = [LEGEND]
+    scored = table[table.reason == ""]
+    averages = scored[scored.task == ALL_TASKS]
+    for _, rows in averages[averages.headline.astype(bool)].groupby(["benchmark", "data_dir"]):
+        same = scored[scored[["benchmark", "data_dir"]].eq(rows.iloc[0][["benchmark", "data_dir"]]).all(axis=1)]
+        tasks = same[(same.task != ALL_TASKS) & same.headline.astype(bool)].drop_duplicates("task")
+        first = rows.iloc[0]
+        less = ", lower is better" if first.lower_is_better else ""
+        parts.append(f"**{tables.benchmark_name(first)}: {first.metric}{less}**")
+        parts.append(f"{caption(rows)} Tasks: {', '.join(f'{task.task} ({task.n})' for task in tasks.itertuples())}.")
+        parts.append(cells_table(rows, averages[averages.metric == "kl"]))
+    return "\n\n".join(parts)
+
+
+def cells_table(rows: pd.DataFrame, divergences: pd.DataFrame) -> str:
+    """Press × ratio; beside nll the KL from each run's own full cache."""
+    several, bounded = rows.seeds.max() > 1, rows.bound.notna().any()
+    beside = rows.iloc[0].metric == "nll" and len(divergences) > 0
+    header = ["press, evicted", *ROLES, "trained − control"]
+    header += [name for name, there in (("single trainings", several), ("bound", bounded)) if there]
+    header += [f"KL: {' → '.join(ROLES)}"] if beside else []
+    lines = []
+    for _, group in rows.groupby([rows.press != NO_PRESS, "press", "compression_ratio"]):
+        first, runs = group.iloc[0], {row["run"]: row for row in group.to_dict("records")}
+        trained, form = runs.get("trained", {}), tables.score_form(first)
+        line = [tables.cell_name(first)]
+        line += [tables.figure_text(runs.get(role, {}), "score", form, "ci") for role in ROLES]
+        line.append(tables.difference_text(trained, "control"))
+        line += [tables.trainings_text(trained, "control")] if several else []
+        line += [tables.figure_text(first, "bound", form)] if bounded else []
+        if beside:
+            line.append(divergence(divergences, first))
+        lines.append(line)
+    return tables.markdown_table(header, lines)
+
+
+def divergence(table: pd.DataFrame, cell: pd.Series) -> str:
+    """`0.206 → 0.186 → 0.163 ▲`."""
+    runs = {row["run"]: row for row in table[table[CELL].eq(cell[CELL]).all(axis=1)].to_dict("records")}
+    scores = [{"kl": runs.get(role, {}).get("score")} for role in ROLES]
+    shown = " → ".join(tables.figure_text(score, "kl", "{:.3f}") for score in scores)
+    return f"{shown} {tables.SYMBOLS.get(runs.get('trained', {}).get('verdict_control'), '')}".strip()
+
+
+def trainings_block(results: Path) -> str:
+    """One row a training kept under results/: what it was trained on, and its perplexity before and after."""
+    rows = [training(file.parent, results) for file in sorted(results.glob("**/training/*/eit_config.json"))]
+    header = ["training", "", "seed", "data", "steps × rows × tokens", "options", "full", "evicted", "commit"]
+    about = "Full, evicted: perplexity on the training's own validation rows, before → after."
+    return f"{about}\n\n{tables.markdown_table(header, rows)}" if rows else ""
+
+
+def training(folder: Path, results: Path) -> list[str]:
+    """A row of the table from eit_config.json and metrics.jsonl."""
+    record = json.loads((folder / "eit_config.json").read_text(encoding="utf-8"))
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    config, data = record["config"], record["config"]["data"]
+    mixed = data if isinstance(data, str) else ", ".join(f"{name} {share:g}" for name, share in data.items())
+    size = f"{metrics[-1]['step']} × {config['batch_size'] * config['grad_accum']} × {config['max_seq_len']}"
+    options = ", ".join(f"{name} {config[name]:g}" for name in OPTIONS if name in config)
+    perplexities = []
+    for name in ("eval_full_ppl", "eval_evicted_ppl"):
+        values = [step[name] for step in metrics if name in step]
+        perplexities.append(f"{values[0]:.2f} → {values[-1]:.2f}" if values else tables.NONE)
+    name = "/".join([*folder.parent.parent.relative_to(results).parts, folder.name])
+    what = "control" if config["control"] else "trained"
+    return [name, what, str(config["seed"]), mixed, size, options, *perplexities, record["commit"] or "unknown"]
+
+
+def ablations_block(runs: Mapping[str, pd.DataFrame]) -> str:
+    """One row a run: means over its evicted cells; base and each control once."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, table in runs.items():
+        for role in ROLES:
+            mine = table[table.run == role]
+            label = name if role == "trained" else f"{role} {mine.iloc[0].adapter}".strip()
+            rows.setdefault((role, label), [label, *means(mine)])
+    lines = [line for _, line in sorted(rows.items(), key=lambda item: ROLES.index(item[0][0]))]
+    first = next(iter(runs.values()))
+    header = ["run", "full nll", "evicted nll", "KL", "full needles", "evicted needles", "retention", "cells"]
+    evicted = first[(first.press != NO_PRESS) & (first.task == ALL_TASKS) & (first.run == "trained")]
+    cells = (
+        f"Means over {evicted.headline.sum()} evicted cells of {caption(first[first.task == ALL_TASKS], named=False)}"
+    )
+    about = f"{cells} Needles: percent, and retention of it; nll and KL: nats a token. One training seed a run."
+    notes = "Cells: ▲ better, ▼ worse, = no different from the run's control. Intervals: compare.md of each run."
+    return "\n\n".join([about, tables.markdown_table(header, lines), notes])
+
+
+def means(table: pd.DataFrame) -> list[str]:
+    """nll with the full cache and evicted, KL, needles in the same way, their retention, and verdicts."""
+    table = table[(table.reason == "") & (table.task == ALL_TASKS)]
+    evicted, full = table[table.press != NO_PRESS], table[table.press == NO_PRESS]
+
+    def mean(rows: pd.DataFrame, metric: str, form: str, column: str = "score") -> str:
+        needles = rows.headline.astype(bool) & ~rows.lower_is_better.astype(bool)
+        chosen = rows[needles if metric == "needles" else rows.metric == metric]
+        return tables.figure_text({column: chosen[column].mean()}, column, form)
+
+    verdicts = evicted[evicted.headline.astype(bool)].verdict_control.value_counts()
+    counted = " ".join(f"{symbol} {verdicts.get(verdict, 0)}" for verdict, symbol in tables.SYMBOLS.items())
+    return [
+        mean(full, "nll", "{:.3f}"),
+        mean(evicted, "nll", "{:.3f}"),
+        mean(evicted, "kl", "{:.3f}"),
+        mean(full, "needles", "{:.1f}"),
+        mean(evicted, "needles", "{:.1f}"),
+        mean(evicted, "needles", "{:.1%}", "retention"),
+        counted if len(verdicts) else tables.NONE,
+    ]
+
+
+if __name__ == "__main__":
+    try:
+        main(Path("results"), Path("docs/results.md"))
+    except UserError as error:
+        sys.exit(str(error))

@@ -1,0 +1,133 @@
+"""The tables of docs/results.md, from files whose figures are known."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from scripts.write_results import COMMANDS, main
+from sparsekv.errors import UserError
+from tests.comparison import Comparison
+
+BLOCKS = ("goals", "headline", "trainings", "ablations")
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    path = tmp_path / "results.md"
+    path.write_text("# Results\n" + "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in BLOCKS))
+    return path
+
+
+def block(document: Path, name: str) -> str:
+    return document.read_text().split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """First cell → the others, of every table."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {first: others for first, *others in lines}
+
+
+def comparison(evicted: float = 60) -> Comparison:
+    made = Comparison()
+    made.needles("no_press", 0.0, (80, 90, 90), "no difference")
+    made.needles("snapkv", 0.7, (20, 30, evicted), "better")
+    made.needles("anchor", 0.5, (40, 40, 40), "no difference", bound=40.0)
+    kl = {"metric": "kl", "headline": False}
+    for press, ratio, nats, divergence in (
+        ("no_press", 0.0, (2.0, 1.9, 1.91), (0, 0, 0)),
+        ("snapkv", 0.7, (2.5, 2.4, 2.1), (0.3, 0.25, 0.125)),
+    ):
+        made.text(press, ratio, nats, "better" if ratio else "worse")
+        made.text(press, ratio, divergence, "better" if ratio else "no difference", **kl)
+    return made
+
+
+def write_training(folder: Path, **changes: object) -> None:
+    folder.mkdir(parents=True)
+    config = {"control": False, "seed": 1, "data": {"pydoc": 0.5, "recall": 0.5}, "batch_size": 16, "grad_accum": 2}
+    config |= {"max_seq_len": 1024, "lambda_kl": 1.0, "lr": 3e-4, "lora_r": 64} | changes
+    (folder / "eit_config.json").write_text(json.dumps({"commit": "def5678", "config": config}))
+    steps = [{"step": 0, "eval_full_ppl": 9.454, "eval_evicted_ppl": 15.59}, {"step": 9, "loss": 1.0}]
+    steps.append({"step": 10, "eval_full_ppl": 6.37, "eval_evicted_ppl": 9.87})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+
+
+def test_what_is_absent_is_said_with_its_command(tmp_path: Path, document: Path) -> None:
+    main(tmp_path / "results", document)
+    for name, experiment in zip(BLOCKS, ("headline", "headline", "headline", "ablations"), strict=True):
+        assert "is not there yet" in block(document, name)
+        assert block(document, name).endswith(f"\n\n    {COMMANDS[experiment]}")
+        assert "|" not in block(document, name)
+
+
+def test_goals_and_cells(tmp_path: Path, document: Path) -> None:
+    comparison().write(tmp_path / "results" / "headline")
+    main(tmp_path / "results", document)
+    goals = block(document, "goals")
+    assert "tiny; base without an adapter; control out/control/final (mean of 3 trainings)" in goals
+    assert "ruler-local 1024 (n = 40 rows)" in goals
+    assert "evaluation seed 0; commit abc1234." in goals
+    found = rows(goals)
+    assert found["mean retention on needles, base → control → trained"][1:] == [
+        "0.375 → 0.389 → 0.556",
+        "**missed**",
+        "2",
+    ]
+    assert found["full-cache perplexity, trained against control, worst length"][1:] == ["+1.0%", "**missed**", "1"]
+    assert found["cells of positional presses above their bound on needles"][2:] == ["**missed**", "1"]
+    needles, text = (
+        rows(part) for part in block(document, "headline").split("**perplexity 1024")[1].split("**ruler")[::-1]
+    )
+    assert needles["snapkv, 70%"] == [
+        *("20.0 [17.0, 23.0]", "30.0 [27.0, 33.0]", "60.0 [57.0, 63.0]", "▲ +30.0", "+29.0 … +31.0", "–")
+    ]
+    assert needles["anchor, 50%"][3:] == ["= +0.0", "-1.0 … +1.0", "40.0"]
+    assert text["snapkv, 70%"][3:] == ["▲ -0.300", "-1.300 … +0.700", "0.300 → 0.250 → 0.125 ▲"]
+    assert text["full cache"][3:] == ["▼ +0.010", "-0.990 … +1.010", "0.000 → 0.000 → 0.000 ="]
+    assert "is not there yet" in block(document, "ablations")
+
+
+def test_trainings(tmp_path: Path, document: Path) -> None:
+    write_training(tmp_path / "results" / "headline" / "training" / "trained-1")
+    write_training(tmp_path / "results" / "ablations" / "x" / "training" / "c", control=True, data="pydoc", num_cuts=2)
+    main(tmp_path / "results", document)
+    found = rows(block(document, "trainings"))
+    assert found["headline/trained-1"] == [
+        *("trained", "1", "pydoc 0.5, recall 0.5", "10 × 32 × 1024", "lambda_kl 1, lr 0.0003, lora_r 64"),
+        *("9.45 → 6.37", "15.59 → 9.87", "def5678"),
+    ]
+    assert found["ablations/x/c"][0] == "control"
+    assert found["ablations/x/c"][2:5] == ["pydoc", "10 × 32 × 1024", "lambda_kl 1, lr 0.0003, lora_r 64, num_cuts 2"]
+
+
+def test_ablations(tmp_path: Path, document: Path) -> None:
+    for name, evicted in (("low", 45), ("high", 60)):
+        comparison(evicted).write(tmp_path / "results" / "ablations" / name)
+    main(tmp_path / "results", document)
+    found = rows(block(document, "ablations"))
+    assert list(found)[2:] == ["base", "control out/control/final", "high", "low"]
+    assert found["high"] == ["1.910", "2.100", "0.125", "90.0", "50.0", "55.6%", "▲ 2 ▼ 0 = 1"]
+    assert found["low"][4:6] == ["42.5", "47.2%"]
+    assert found["base"] == ["2.000", "2.500", "0.300", "80.0", "30.0", "37.5%", "–"]
+    assert "Means over 3 evicted cells of tiny;" in block(document, "ablations")
+
+
+def test_the_same_twice_and_a_block_that_is_missing(tmp_path: Path, document: Path) -> None:
+    comparison().write(tmp_path / "results" / "headline")
+    main(tmp_path / "results", document)
+    first = document.read_text()
+    main(tmp_path / "results", document)
+    assert document.read_text() == first
+    document.write_text(first.replace("<!-- /goals -->", ""))
+    with pytest.raises(UserError, match="expected one block between <!-- goals -->"):
+        main(tmp_path / "results", document)
+
+
+def test_the_page_has_its_blocks(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "results.md"
+    shutil.copy(page, tmp_path)
+    main(tmp_path / "none", tmp_path / "results.md")
+    assert all(command in page.read_text("utf-8") for command in (COMMANDS["headline"],))
