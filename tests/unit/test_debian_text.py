@@ -12,8 +12,8 @@ import pytest
 
 from scripts import debian_text
 from scripts.debian_text import PACKAGES, Package, fetch, html_text, main, pod_text, sha256, texts, unique
-from sparsekv.errors import UserError
 from sparsekv.data import is_held_out
+from sparsekv.errors import UserError
 from sparsekv.sources import documents
 
 ROOT = Path(__file__).parents[2]

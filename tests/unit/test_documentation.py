@@ -55,7 +55,18 @@ SCHEMAS = {  # document → what its options are
 }
 LAYERS = [  # a file imports from lower layers, from its own, and never from a higher one
     {"errors", "signals", "version", "fingerprint", "progress"},
-    {"files", "tokens", "recall", "recall_templates", "sources", "demo_model", "style"},
+    {
+        "files",
+        "tokens",
+        "recall",
+        "recall_few",
+        "recall_many",
+        "recall_parts",
+        "recall_templates",
+        "sources",
+        "demo_model",
+        "style",
+    },
     {"data", "models", "anchors", "attention", "observe", "presses"},
     {"training", "evaluation", "analysis"},
     {"report"},
@@ -148,7 +159,8 @@ def test_figures_of_the_matrix_have_their_place(what):
 @each_document
 def test_flags_are_accepted(name, capsys):
     known = {flag for command in cli.COMMANDS for flag in options_of(command, capsys)} | OTHER_PROGRAMS
-    known |= set(re.findall(r'"(--\w+)":', (ROOT / "scripts" / "train_eit.py").read_text("utf-8")))
+    scripts = "".join(path.read_text("utf-8") for path in (ROOT / "scripts").glob("*.py"))
+    known |= set(re.findall(r'"(--\w+)"[:,]', scripts))
     unknown = set(re.findall(r"(?<![\w-])--[A-Za-z][\w.]*\w", TEXTS[name])) - known
     assert not unknown
 
