@@ -26,7 +26,7 @@ from sparsekv.training.loss import IGNORE_INDEX, distillation_loss
 from sparsekv.training.meter import Meter
 from sparsekv.training.plan import EvictionPlan
 from sparsekv.training.scheduler import KeepRatioScheduler
-from sparsekv.training.selection import later_attention
+from sparsekv.training.selection import later_attention, selecting_layers
 
 SCHEDULER_STATE = "scheduler_state.json"
 STAGING = ".staging"
@@ -158,9 +158,11 @@ class EITTrainer(Trainer):
             yield
             return
         importance: dict[int, list[Tensor]] = {}
+        chosen = selecting_layers(self.base.config.get_text_config().num_hidden_layers, plan.seed)
 
         def receive(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
-            importance[layer] = later_attention(query, key, scaling, plan.cuts)
+            if layer in chosen:
+                importance[layer] = later_attention(query, key, scaling, plan.cuts)
 
         with observing(teacher, receive):
             yield

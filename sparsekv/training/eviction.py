@@ -34,8 +34,9 @@ class ForwardEviction:
     input_ids : Long[B, L]
     real : Bool[B, L], optional
         False at padding.
-    importance : dict of layer → list of Float32[B, G, cut], optional
-        What later queries attend to at each cut (`selection.later_attention`): asks for the selection loss.
+    importance : dict of layer → list of Float32[B, G, cut]
+        What later queries attend to at each cut (`selection.later_attention`): asks these layers for the selection
+        loss.
 
     Attributes
     ----------
@@ -54,7 +55,7 @@ class ForwardEviction:
         selector: AnchorSelector,
         input_ids: Tensor,
         real: Tensor | None,
-        importance: Mapping[int, Sequence[Tensor]] | None = None,
+        importance: Mapping[int, Sequence[Tensor]],
     ) -> None:
         length = input_ids.shape[1]
         if plan.cuts and plan.cuts[-1] >= length:
@@ -86,7 +87,7 @@ class ForwardEviction:
         cuts = self.plan.cuts or (key.shape[2],)
         hidden_states, rotary = self._layer_inputs.pop(layer)
         decided: list[Kept] = []
-        with scoring(module, key.device, self.plan.seed + layer, differentiable=self.importance is not None):
+        with scoring(module, key.device, self.plan.seed + layer, differentiable=layer in self.importance):
             for name, ratio, cut in zip(self.plan.rules, self.plan.keep_ratios, cuts, strict=True):
                 context = LayerContext(
                     module=module,
@@ -108,10 +109,10 @@ class ForwardEviction:
 
     def _decides(self, layer: int) -> bool:
         """Whether the layer's rules run now: once, and again for the gradient of their scores when recomputed."""
-        return layer not in self.keeps or (self.importance is not None and torch.is_grad_enabled())
+        return layer not in self.keeps or (layer in self.importance and torch.is_grad_enabled())
 
     def _selection(self, layer: int, decided: Sequence[Kept]) -> Tensor | None:
-        if self.importance is None:
+        if layer not in self.importance:
             return None
         losses = []
         for kept, importance in zip(decided, self.importance[layer], strict=True):
@@ -120,11 +121,11 @@ class ForwardEviction:
         return torch.stack(losses).sum(0) / len(decided) if losses else None
 
     def selection_losses(self) -> Tensor:
-        """Float32[B]: each row's selection loss, mean over layers and cuts."""
+        """Float32[B]: each row's selection loss, mean over the layers that carry it and their cuts."""
         rows = torch.zeros(len(self.input_ids), device=self.input_ids.device)
         for losses in self.selection.values():
             rows = rows + losses.to(rows.device)
-        return rows / max(len(self.keeps), 1)
+        return rows / max(len(self.importance), 1)
 
     def mask(self, module: nn.Module, key: Tensor, value: Tensor) -> Tensor:
         """Bool[B, G, L, L]: the layer's allowed pairs, by the dense reference."""
@@ -189,7 +190,7 @@ def begin_forward(
     selector: AnchorSelector,
     args: tuple,
     kwargs: dict[str, Any],
-    importance: Mapping[int, Sequence[Tensor]] | None = None,
+    importance: Mapping[int, Sequence[Tensor]],
 ) -> ForwardEviction:
     """The state of one forward pass from the arguments of the decoder."""
     input_ids = kwargs.get("input_ids", args[0] if args else None)

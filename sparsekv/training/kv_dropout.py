@@ -48,7 +48,7 @@ class KVDropoutContext:
 
     Attributes
     ----------
-    importance : dict of layer → list of Float32[B, G, cut], or None
+    importance : dict of layer → list of Float32[B, G, cut]
         Of the next forward (see `ForwardEviction`).
     last : ForwardEviction or None
         The most recent forward's decisions (`keeps`, `keep_ratio()`).
@@ -63,7 +63,7 @@ class KVDropoutContext:
         self.base = base_of(model)
         self.plan = plan
         self.selector = selector
-        self.importance: Mapping[int, Sequence[Tensor]] | None = None
+        self.importance: Mapping[int, Sequence[Tensor]] = {}
         self.last: ForwardEviction | None = None
         self._stack = contextlib.ExitStack()
         self._awaits_recomputation = False

@@ -8,6 +8,8 @@ Shapes: B batch, H query heads, G key/value heads, L tokens, D head dimension, C
 """
 
 import itertools
+import math
+import random
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +19,15 @@ from torch import Tensor
 from sparsekv.observe import causal_probabilities
 
 SAFE = 15.0  # spreads above the border: the loss there is below 1e-6
+
+
+def selecting_layers(layers: int, seed: int) -> frozenset[int]:
+    """The layers that carry the selection loss in one step, a third of them drawn at random.
+
+    Their mean is an unbiased estimate of the mean over all layers. The loss is what makes a step slow: the scores of
+    every layer and cut get a backward pass, and the attention of later queries is computed again.
+    """
+    return frozenset(random.Random(seed).sample(range(layers), math.ceil(layers / 3)))
 
 
 def later_attention(query: Tensor, key: Tensor, scaling: float, cuts: Sequence[int]) -> list[Tensor]:
