@@ -133,11 +133,16 @@ def trainings_block(results: Path) -> str:
 
 def training(folder: Path, results: Path) -> list[str]:
     """A row of the table from eit_config.json and metrics.jsonl."""
-    record = json.loads((folder / "eit_config.json").read_text(encoding="utf-8"))
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    config, data = record["config"], record["config"]["data"]
+    try:
+        record = json.loads((folder / "eit_config.json").read_text(encoding="utf-8"))
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        config, data, steps = record["config"], record["config"]["data"], metrics[-1]["step"]
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(
+            f"{folder}: eit_config.json and metrics.jsonl of a training are wanted here ({error})"
+        ) from error
     mixed = data if isinstance(data, str) else ", ".join(f"{name} {share:g}" for name, share in data.items())
-    size = f"{metrics[-1]['step']} × {config['batch_size'] * config['grad_accum']} × {config['max_seq_len']}"
+    size = f"{steps} × {config['batch_size'] * config['grad_accum']} × {config['max_seq_len']}"
     options = ", ".join(f"{name} {config[name]:g}" for name in OPTIONS if name in config)
     perplexities = []
     for name in ("eval_full_ppl", "eval_evicted_ppl"):

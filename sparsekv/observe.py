@@ -172,7 +172,8 @@ def causal_probabilities(
         end = min(start + block, length)
         size = end - start
         rows = (query[:, :, start:end].float() * scaling).reshape(batch, groups, -1, width)  # heads that share a key
-        logits = (rows @ keys[..., :end]).view(batch, heads, size, end)
+        with torch.autocast(query.device.type, enabled=False):  # it would multiply in bfloat16
+            logits = (rows @ keys[..., :end]).view(batch, heads, size, end)
         logits[..., start:].masked_fill_(future[:size, :size], -torch.inf)
         yield start, logits.softmax(-1)
 

@@ -8,7 +8,7 @@ from sparsekv.errors import require
 from sparsekv.training.anchor import AnchorConfig
 from sparsekv.training.loss import Direction
 from sparsekv.training.plan import Geometry, PlanSampler, RatioDraw
-from sparsekv.training.rules import check_rules
+from sparsekv.training.rules import SMOOTH_RULES, check_rules
 from sparsekv.training.scheduler import KeepRatioScheduler, SchedulerMode, make_scheduler
 
 
@@ -116,8 +116,23 @@ class EITConfig:
             f"--lambda_selection {self.lambda_selection}: needs --geometry two_region, not {self.geometry}",
         )
         check_rules(list(self.rules), self.geometry)
+        require(
+            self.lambda_selection == 0 or bool(set(self.rules) & set(SMOOTH_RULES)),
+            f"--lambda_selection {self.lambda_selection}: none of --rules has a score to learn; add one of "
+            f"{', '.join(SMOOTH_RULES)}",
+        )
         require(0 <= self.seed < 2**32, f"--seed {self.seed}: must be at least 0 and below 2**32")
         self.make_schedule(total_steps=1)  # validates its own options
+
+    @property
+    def selects(self) -> bool:
+        """Whether there is a selection loss."""
+        return self.lambda_selection > 0 and not self.control
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether some part of the loss compares with the full-cache teacher."""
+        return self.lambda_kl > 0 or self.lambda_context > 0 or self.selects
 
     def make_schedule(self, total_steps: int) -> KeepRatioScheduler:
         """The schedule of the keep ratio over `total_steps` optimizer steps."""

@@ -25,8 +25,9 @@ from sparsekv.training.kv_dropout import KVDropoutContext, base_of
 from sparsekv.training.loss import IGNORE_INDEX, distillation_loss
 from sparsekv.training.meter import Meter
 from sparsekv.training.plan import EvictionPlan
+from sparsekv.training.rules import SMOOTH_RULES
 from sparsekv.training.scheduler import KeepRatioScheduler
-from sparsekv.training.selection import later_attention, selecting_layers
+from sparsekv.training.selection import Selection, later_attention, selecting_layers
 
 SCHEDULER_STATE = "scheduler_state.json"
 STAGING = ".staging"
@@ -45,7 +46,7 @@ class EITTrainer(Trainer):
     tokenizer : PreTrainedTokenizerBase
     args : TrainingArguments
     teacher : PreTrainedModel, optional
-        A frozen model; needed exactly when `model` is no PeftModel and λ > 0.
+        A frozen model; needed exactly when `model` is no PeftModel and a loss has a teacher (`config.needs_teacher`).
     **kwargs
         Of `transformers.Trainer`.
     """
@@ -70,12 +71,10 @@ class EITTrainer(Trainer):
         self.accelerator.gradient_accumulation_steps = 1
         self.config = config
         self.teacher = teacher
-        self._selects = bool(config.lambda_selection) and not config.control
-        self._needs_teacher = bool(config.lambda_kl or config.lambda_context or self._selects)
-        if self._needs_teacher and teacher is None and not hasattr(model, "disable_adapter"):
-            raise ValueError("training every parameter with a KL term needs `teacher`, a frozen copy of the base")
+        if self.config.needs_teacher and teacher is None and not hasattr(model, "disable_adapter"):
+            raise ValueError("training every parameter against a teacher needs `teacher`, a frozen copy of the base")
         checkpointing: Any = args.gradient_checkpointing and args.gradient_checkpointing_kwargs
-        if self._selects and checkpointing and checkpointing.get("use_reentrant"):
+        if self.config.selects and checkpointing and checkpointing.get("use_reentrant"):
             raise ValueError("the selection loss needs checkpointing with use_reentrant=False")
         self.selector = AnchorSelector(config.anchors, tokenizer, self.base.config, self.base.generation_config)
         self.schedule = config.make_schedule(total_steps=1)  # remade when training begins and its steps are known
@@ -110,7 +109,7 @@ class EITTrainer(Trainer):
         plan = self.current_plan(input_ids.shape[1])
         labels, context = loss_tokens(input_ids, inputs.get("attention_mask"), plan.first_query)  # [B, L] each
         counts = self._count_tokens([inputs]) if num_items_in_batch is None else num_items_in_batch  # Long[2]
-        teacher_hidden = self._teacher_hidden(model, inputs, plan) if self._needs_teacher else None  # [B, L, D]
+        teacher_hidden = self._teacher_hidden(model, inputs, plan) if self.config.needs_teacher else None  # [B, L, D]
 
         def head_loss(hidden: Tensor, head: nn.Module) -> Tensor:  # [B, L, D]
             sums = distillation_loss(
@@ -154,7 +153,7 @@ class EITTrainer(Trainer):
     @contextlib.contextmanager
     def _noting_importance(self, teacher: PreTrainedModel, plan: EvictionPlan) -> Iterator[None]:
         """Hand the student's forward what the teacher's later queries attend to, where the selection loss is on."""
-        if not self._selects:
+        if not self.config.selects:
             yield
             return
         importance: dict[int, list[Tensor]] = {}
@@ -166,13 +165,14 @@ class EITTrainer(Trainer):
 
         with observing(teacher, receive):
             yield
-        self.eviction.importance = importance
+        rules = {name: weight for name, weight in self.config.rules.items() if name in SMOOTH_RULES}
+        self.eviction.selection = Selection(importance, rules)
 
     def _selection(self, labels: Tensor, tokens: Tensor) -> Tensor:
         """This micro-batch's part of the step's selection loss: a row counts by its tokens with loss."""
-        if not self._selects or not torch.is_grad_enabled() or self.eviction.last is None:
+        if not self.config.selects or not torch.is_grad_enabled() or self.eviction.last is None:
             return torch.zeros((), device=tokens.device)
-        rows = self.eviction.last.selection_losses().to(tokens.device)
+        rows = self.eviction.last.selection_loss().to(tokens.device)
         return (rows * (labels != IGNORE_INDEX).sum(-1).to(tokens.device)).sum() / tokens
 
     def _teacher_head(self, head: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.eviction import ForwardEviction, begin_forward, slides
 from sparsekv.training.plan import EvictionPlan
 from sparsekv.training.rules import PositionEmbeddings, layer_of
+from sparsekv.training.selection import Selection
 
 IMPLEMENTATION = "sparsekv"
 LayerInput = tuple[Tensor, PositionEmbeddings]  # normed hidden states [B, L, hidden]; (cos, sin) or None
@@ -48,7 +49,7 @@ class KVDropoutContext:
 
     Attributes
     ----------
-    importance : dict of layer → list of Float32[B, G, cut]
+    selection : Selection or None
         Of the next forward (see `ForwardEviction`).
     last : ForwardEviction or None
         The most recent forward's decisions (`keeps`, `keep_ratio()`).
@@ -63,7 +64,7 @@ class KVDropoutContext:
         self.base = base_of(model)
         self.plan = plan
         self.selector = selector
-        self.importance: Mapping[int, Sequence[Tensor]] = {}
+        self.selection: Selection | None = None
         self.last: ForwardEviction | None = None
         self._stack = contextlib.ExitStack()
         self._awaits_recomputation = False
@@ -115,7 +116,7 @@ class KVDropoutContext:
         kwargs.pop("eviction", None)
         if self.plan is None:
             return args, kwargs
-        self.last = begin_forward(self.plan, self.selector, args, kwargs, self.importance)
+        self.last = begin_forward(self.plan, self.selector, args, kwargs, self.selection)
         checkpointing = self.base.is_gradient_checkpointing and self.base.training
         self._awaits_recomputation = checkpointing and torch.is_grad_enabled()
         return args, {**kwargs, "eviction": self.last, "use_cache": False}

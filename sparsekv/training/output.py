@@ -36,11 +36,13 @@ def usable_checkpoint(out: Path, config: TrainConfig) -> Path | None:
 def _find_checkpoint(out: Path, config: TrainConfig) -> Path | None:
     if not (out / RUN_CONFIG).is_file():
         raise UserError(f"--resume: {out} holds no run (no {RUN_CONFIG})")
-    before = json.loads((out / RUN_CONFIG).read_text(encoding="utf-8"))["config"]
+    recorded = json.loads((out / RUN_CONFIG).read_text(encoding="utf-8"))["config"]
+    # A run of an older version does not know the newest options: it went on as if they had their defaults.
+    before = asdict(TrainConfig(model=config.model, output_dir=config.output_dir)) | recorded
     now = asdict(config)
-    changed = [name for name in now if name not in MAY_CHANGE_ON_RESUME and now[name] != before.get(name)]
+    changed = [name for name in now if name not in MAY_CHANGE_ON_RESUME and now[name] != before[name]]
     if changed:
-        differences = ", ".join(f"--{name} {now[name]!r} (was {before.get(name)!r})" for name in changed)
+        differences = ", ".join(f"--{name} {now[name]!r} (was {before[name]!r})" for name in changed)
         raise UserError(f"--resume: {out} was trained with other options: {differences}")
     numbered = [(int(p.name.rpartition("-")[2]), p) for p in out.glob("checkpoint-*") if p.name[11:].isdigit()]
     return max(numbered)[1] if numbered else None
@@ -51,7 +53,10 @@ def check_same_data(out: Path, fingerprint: str) -> None:
     if (out / RUN_CONFIG).is_file():
         before = json.loads((out / RUN_CONFIG).read_text(encoding="utf-8"))["data_fingerprint"]
         if before != fingerprint:
-            raise UserError(f"--resume: {out} was trained on other data; what --data reads has changed since")
+            raise UserError(
+                f"--resume: {out} was trained on other rows; what --data reads, or the version of sparsekv that makes "
+                "rows of it, has changed since: begin in another --output_dir"
+            )
 
 
 def prepare_output_dir(out: Path, record: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from transformers.integrations import get_available_reporting_integrations
 from sparsekv.data import build_datasets, parse_sources
 from sparsekv.errors import UserError
 from sparsekv.models import PLACEMENTS, attach_lora, load_model, load_tokenizer
+from sparsekv.observe import check_observable
 from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, StopCallback
 from sparsekv.training.compiled import compile_layers
 from sparsekv.training.config import TrainConfig
@@ -119,6 +120,11 @@ def _check_architecture(trainer: EITTrainer, config: TrainConfig, rows: Dataset)
             raise UserError(f"--rules {rule}: does not work with --model {config.model}, {kind}: {error}") from error
         if eviction.last is not None:
             eviction.last.keep_ratio()  # complains when no layer evicted anything
+    if config.selects:
+        try:
+            check_observable(trainer.base, config.model, config.max_seq_len)
+        except UserError as error:
+            raise UserError(f"--lambda_selection {config.lambda_selection:g}: needs another model; {error}") from error
 
 
 def _student_and_teacher(
@@ -131,7 +137,7 @@ def _student_and_teacher(
         print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
         return model, None
     print("trainable parameters: all")
-    if not (config.lambda_kl or config.lambda_context):
+    if not config.needs_teacher:
         return base, None
     teacher = load_model(config.model, config.dtype, config.device_map, config.trust_remote_code)
     return base, teacher.eval().requires_grad_(False)

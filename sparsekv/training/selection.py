@@ -10,7 +10,8 @@ Shapes: B batch, H query heads, G key/value heads, L tokens, D head dimension, C
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +20,28 @@ from torch import Tensor
 from sparsekv.observe import causal_probabilities
 
 SAFE = 15.0  # spreads above the border: the loss there is below 1e-6
+DEEPEST = 100.0  # spreads below the border that a score can lie: what ties leave of a spread blows no gradient up
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a forward pass needs for the selection loss.
+
+    importance : layer → Float32[B, G, cut] for each cut, from `later_attention`; these layers carry the loss.
+    rules : rules with a smooth score → weight.
+    """
+
+    importance: Mapping[int, Sequence[Tensor]]
+    rules: Mapping[str, float]
 
 
 def selecting_layers(layers: int, seed: int) -> frozenset[int]:
-    """The layers that carry the selection loss in one step, a third of them drawn at random.
+    """The layers that carry the selection loss in one step, a sixth of them drawn at random.
 
-    Their mean is an unbiased estimate of the mean over all layers. The loss is what makes a step slow: the scores of
-    every layer and cut get a backward pass, and the attention of later queries is computed again.
+    Their mean is an unbiased estimate of the mean over all layers. All of them would make a step slow: at each, every
+    rule's scores get a backward pass, and the attention of later queries is computed again.
     """
-    return frozenset(random.Random(seed).sample(range(layers), math.ceil(layers / 3)))
+    return frozenset(random.Random(seed).sample(range(layers), math.ceil(layers / 6)))
 
 
 def later_attention(query: Tensor, key: Tensor, scaling: float, cuts: Sequence[int]) -> list[Tensor]:
@@ -67,10 +81,11 @@ def selection_loss(scores: Tensor, count: int, importance: Tensor) -> Tensor:
     """Softened share of the later attention that falls on entries a press evicts.
 
     With t the middle between a head's last kept score and its first evicted one, and s the distance from t to the
-    median of the evicted: Σ w · softplus((t − score) / s), w = importance / Σ importance over the heads and entries of
-    a row. t and s carry no gradient; scores are taken relative to their mean, so that raising all of them gains
-    nothing. A head's scores of which none is negative, as attention probabilities are, are taken by their logarithm:
-    the gradient of a probability vanishes with it, and so where it is needed most.
+    median of the evicted, at least 1% of that to the lowest: Σ w · softplus((t − score) / s), w = importance / Σ
+    importance over the heads and entries of a row. t and s carry no gradient; scores are taken relative to their mean,
+    so that raising all of them gains nothing. A head that evicts nothing but ties with what it keeps has no s and
+    gives no gradient. A head's scores of which none is negative, as attention probabilities are, are taken by their
+    logarithm: the gradient of a probability vanishes with it, and so where it is needed most.
 
     Parameters
     ----------
@@ -90,10 +105,12 @@ def selection_loss(scores: Tensor, count: int, importance: Tensor) -> Tensor:
     scores = torch.where((scores >= 0).all(-1, keepdim=True), scores.clamp(min=tiny).log(), scores)
     ranked = scores.detach().sort(dim=-1, descending=True).values
     border = (ranked[..., count - 1, None] + ranked[..., count, None]) / 2
-    spread = (border - ranked[..., (count + ranked.shape[-1]) // 2, None]).clamp(min=tiny)
+    median, lowest = ranked[..., (count + ranked.shape[-1]) // 2, None], ranked[..., -1:]
+    spread = torch.maximum(border - median, (border - lowest) / DEEPEST)
     safe = scores.detach() > border + SAFE * spread  # what presses pin, by scores up to the largest float
     rest = scores.masked_fill(safe, 0)
     mean = rest.sum(-1, keepdim=True) / (~safe).sum(-1, keepdim=True)
+    spread = spread.masked_fill(spread == 0, torch.inf)
     losses = F.softplus((border - rest + mean - mean.detach()) / spread).masked_fill(safe, 0)
-    weights = importance / importance.sum((1, 2), keepdim=True)
+    weights = importance / importance.sum((1, 2), keepdim=True).clamp(min=tiny)
     return (weights * losses).sum((1, 2))

@@ -104,7 +104,8 @@ def launch(jobs: list[dict], folder: Path):
 def runs(tmp_path_factory) -> Path:
     """Folders of the same run by one process and by two: plain, stopped and resumed, sharded, and all parameters."""
     folder = tmp_path_factory.mktemp("distributed")
-    options = {**run_options(folder), "grad_accum": 2, "num_cuts": 2, "lambda_context": 0.5, "lr": 1e-3}
+    options = {**run_options(folder), "grad_accum": 2, "num_cuts": 2, "lr": 1e-3}
+    options |= {"lambda_context": 0.5, "lambda_selection": 0.3}
     one, two, every = {**options, "batch_size": 2}, {**options, "batch_size": 1}, {"lora_r": 0, "lr": 1e-4}
     train(train_config(one, folder / "one"))
     train(train_config({**one, **every}, folder / "one_every"))
@@ -134,6 +135,7 @@ def adapter(out: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_two_processes_equal_one(runs, name):
     wanted, found = metrics(runs / "one"), metrics(runs / name)
+    assert all(line["selection"] > 0 for line in wanted if "loss" in line)
     for line, other in zip(wanted, found, strict=True):
         assert line.keys() == other.keys()
         for figure in line.keys() - {"tokens_per_second"}:

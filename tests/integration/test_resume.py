@@ -255,6 +255,18 @@ def test_other_options_are_refused(options, half, name, value):
     assert contents(half) == before
 
 
+def test_a_run_from_before_an_option_existed_has_its_default(options, uninterrupted, half):
+    file = half / "eit_config.json"
+    record = json.loads(file.read_text("utf-8"))
+    del record["config"]["lambda_selection"], record["config"]["compile"]
+    file.write_text(json.dumps(record), "utf-8")
+    with pytest.raises(UserError, match=rf"^--resume: {half} .*: --lambda_selection 0.5 \(was 0.0\)$"):
+        train(train_config(options, half, resume=True, lambda_selection=0.5))
+    shutil.rmtree(half / "checkpoint-7")
+    train(train_config(options, half, resume=True))
+    assert_same_run(uninterrupted, half)
+
+
 def test_other_data_are_refused(options, half, tmp_path):
     text = Path(options["data"])
     plain = text.read_text("utf-8")

@@ -192,6 +192,12 @@ def test_full_fine_tuning(options, tmp_path, monkeypatch):
     assert all(line["kl"] >= 0 for line in lines(tmp_path / "out") if "loss" in line)
 
 
+def test_full_fine_tuning_on_the_selection_loss_alone(options, tmp_path):
+    changes = {"lora_r": 0, "lambda_kl": 0.0, "lambda_selection": 0.5, "max_steps": 1, "rules": {"knorm": 1.0}}
+    assert train(train_config(options, tmp_path / "out", **changes)).is_dir()
+    assert next(line["selection"] for line in lines(tmp_path / "out") if "loss" in line) > 0
+
+
 @pytest.mark.parametrize("geometry", ["streaming", "global"])
 def test_other_geometries(options, tmp_path, geometry):
     final = train(train_config(options, tmp_path / "out", geometry=geometry, max_steps=2))
@@ -280,6 +286,15 @@ def test_a_full_disk(options, tmp_path, kilobytes, reason):
     left = {path.name for path in tmp_path.rglob("*") if path.name != "out"}
     assert left == (set() if kilobytes == 1 else {"eit_config.json", "metrics.jsonl"}), "no half-written checkpoint"
     assert (tmp_path / "out").exists() == bool(left)
+
+
+def test_a_model_whose_attention_cannot_be_observed_takes_no_selection_loss(options, tmp_path):
+    options = {**options, "model": save_tiny(tmp_path / "base", "gemma3"), "rules": {"knorm": 1.0}, "max_steps": 1}
+    line = rf"^--lambda_selection 0.5: .*--model {options['model']}: has layers that see 8 tokens"
+    with pytest.raises(UserError, match=line):
+        train(train_config(options, tmp_path / "out", lambda_selection=0.5))
+    assert not (tmp_path / "out").exists()
+    assert train(train_config(options, tmp_path / "out", lambda_selection=0.5, control=True)).is_dir()
 
 
 def test_an_architecture_that_cannot_evict_is_refused_before_anything_is_written(options, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from tiny import make_tiny
+from tiny import make_sharp, make_tiny
 from transformers import AttentionInterface, TrainingArguments
 
 from sparsekv.errors import UserError
@@ -16,7 +16,6 @@ from sparsekv.training.anchor import AnchorConfig
 from sparsekv.training.config import EITConfig
 from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.kv_dropout import KVDropoutContext
-from sparsekv.training.rules import PRESS_RULES
 
 LENGTH = 48
 ANCHORS = AnchorConfig(sink_size=2, recent_size=4)
@@ -196,7 +195,7 @@ def test_accumulation_changes_nothing(tmp_path, tiny_tokenizer, padded):
 
 def test_logged_parts_add_up(tmp_path, tiny_tokenizer):
     """The figures are of the whole step and not of its last micro-batch."""
-    config = mixture(lambda_kl=0.7, lambda_selection=0.3, rules={"knorm": 1.0, "tova": 1.0})
+    config = mixture(lambda_kl=0.7, lambda_selection=0.3)
     trainer = make_trainer(
         *(tmp_path, tiny_tokenizer, config), per_device_train_batch_size=2, gradient_accumulation_steps=4
     )
@@ -335,23 +334,32 @@ def test_selection_does_not_depend_on_accumulation_or_checkpointing(tmp_path, ti
     assert any(not torch.allclose(first[name], without[name], atol=1e-4) for name in first)
 
 
-@pytest.mark.parametrize("rule", sorted(PRESS_RULES))
-def test_selection_reaches_the_adapter_by_every_press_with_a_smooth_score(tmp_path, tiny_tokenizer, rule):
-    config = EITConfig(
+@pytest.mark.parametrize("rules", [{"knorm": 1.0}, {"keydiff": 1.0, "random": 5.0}])
+def test_training_on_the_selection_loss_alone_lowers_it(tmp_path, tiny_tokenizer, rules):
+    """Whatever rule the plan draws; CE is there too, and has little to say about random tokens."""
+    config = mixture(
+        rules=rules,
+        lambda_kl=0.0,
+        lambda_context=0.0,
+        lambda_selection=20.0,
         num_cuts=1,
         min_cut=0.8,
         max_cut=0.8,
-        rules={rule: 1.0},
-        lambda_kl=0.0,
-        lambda_selection=1.0,
         scheduler_mode="fixed",
+        min_keep_ratio=0.4,
         ratio_draw="ceiling",
-        anchors=ANCHORS,
     )
     generator = torch.Generator().manual_seed(3)
-    data = Dataset.from_dict({"input_ids": torch.randint(5, 320, (2, 400), generator=generator).tolist()})
-    trainer = make_trainer(tmp_path, tiny_tokenizer, config, data=data, max_steps=1)
+    data = Dataset.from_dict({"input_ids": torch.randint(5, 320, (4, 120), generator=generator).tolist()})
+    trainer = make_trainer(
+        *(tmp_path, tiny_tokenizer, config),
+        data=data,
+        model=make_sharp("llama", num_hidden_layers=1),  # every step's draw of layers is the same
+        max_steps=40,
+        learning_rate=5e-3,
+        per_device_train_batch_size=4,
+    )
     trainer.train()
-    selection = next(line["selection"] for line in trainer.state.log_history if "selection" in line)
-    assert math.isfinite(selection)
-    assert (selection > 0) == (rule not in ("lagkv", "streaming_llm")), "ranks and positions have no gradient"
+    values = [line["selection"] for line in trainer.state.log_history if "selection" in line]
+    assert all(math.isfinite(value) for value in values)
+    assert sum(values[-5:]) < 0.9 * sum(values[:5])

@@ -106,6 +106,11 @@ def test_cells_are_added_and_what_is_there_is_not_done_again(inputs, tmp_path, m
     assert run(inputs, tmp_path).equals(first)
 
 
+def test_a_press_that_contexts_are_too_short_for_has_no_bound(inputs, tmp_path):
+    made = run(inputs, tmp_path, presses="streaming_llm,streaming_llm:n_sink=500")
+    assert set(made.press) == {"streaming_llm"}
+
+
 def test_no_file_without_a_positional_press_or_needles(inputs, tmp_path):
     assert run(inputs, tmp_path / "a", presses="knorm,snapkv") is None
     assert run(inputs, tmp_path / "b", tasks="often,partly") is None

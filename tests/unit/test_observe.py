@@ -127,7 +127,10 @@ def test_received_attention_is_divided_by_exposure() -> None:
 
 def test_logits_of_bfloat16_are_made_in_float32() -> None:
     query, key = torch.randn(1, 4, 60, 16).bfloat16(), torch.randn(1, 2, 60, 16).bfloat16()
-    assert torch.equal(received_attention(query, key, 2.0), received_attention(query.float(), key.float(), 2.0))
+    wanted = received_attention(query.float(), key.float(), 2.0)
+    assert torch.equal(received_attention(query, key, 2.0), wanted)
+    with torch.autocast("cpu", torch.bfloat16):  # as in training on a GPU
+        assert torch.equal(received_attention(query, key, 2.0), wanted)
 
 
 def test_fewer_queries_than_keys_are_refused() -> None:

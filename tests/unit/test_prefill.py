@@ -1,5 +1,6 @@
 """What one prefill leaves to many presses is, bit for bit and in its order, what kvpress leaves to each alone."""
 
+import weakref
 import zlib
 from pydoc_data.topics import topics
 
@@ -176,6 +177,15 @@ def test_kvzip_replays_the_context_once_for_all_ratios(model, tokenizer, ids, na
     full = made[FULL_CACHE].layers
     assert all(torch.equal(a.keys, b.keys) for a, b in zip(made[Cell(name, 0.0)].layers, full, strict=True))
     assert all(layer.keys.shape[1] == ids.shape[1] for layer in full)
+
+
+def test_kvzip_keeps_no_cache_alive(model, tokenizer, ids, tmp_path, monkeypatch):
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(model.config, "_name_or_path", str(tmp_path))
+    maker, cell = CacheMaker(model, tokenizer), Cell("kvzip", 0.5)
+    made = maker.make(ContextWork(ids, (Question(0, ids[:, :4], 4),), ()), [cell])
+    cache = weakref.ref(made.pop(cell))
+    assert cache() is None
 
 
 def test_kvzip_that_fails_leaves_the_others(model, tokenizer, ids, tmp_path, monkeypatch):

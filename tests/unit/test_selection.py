@@ -69,11 +69,41 @@ def test_a_row_weighs_its_heads_by_what_they_attend_to(scores, importance):
     torch.testing.assert_close(selection_loss(scores[:1], 8, silent[:1]), together[:1])
 
 
-def test_equal_scores_give_no_nan(importance):
-    flat = torch.zeros(2, 3, 20, requires_grad=True)
+@pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
+def test_equal_scores_give_no_gradient(importance, value):
+    flat = torch.full((2, 3, 20), value, requires_grad=True)
     loss = selection_loss(flat, 8, importance)
     loss.sum().backward()
     assert loss.isfinite().all()
+    assert not flat.grad.any()
+
+
+@pytest.mark.parametrize("tail", [-1.0, -1e-3, -1e4])
+def test_ties_at_the_border_blow_no_gradient_up(tail):
+    """As scores in bfloat16 have them: the median of the evicted lies at the border, another far below."""
+    scores = torch.tensor([9.0, 8, 7, -0.5, -0.5, -0.5, -0.5 + tail]).view(1, 1, -1).requires_grad_()
+    loss = selection_loss(scores, 4, torch.ones(1, 1, 7))
+    loss.sum().backward()
+    assert 0 < loss < 100
+    assert 0 < scores.grad.abs().max() * -tail < 200
+
+
+def test_one_entry_kept_or_evicted(scores, importance):
+    for count in (1, 19):
+        scores.grad = None
+        selection_loss(scores, count, importance).sum().backward()
+        assert scores.grad.isfinite().all()
+        assert scores.grad.any()
+
+
+def test_a_row_whose_context_nobody_attends_to_adds_nothing(scores, importance):
+    importance[1] = 0
+    losses = selection_loss(scores, 8, importance)
+    losses.sum().backward()
+    assert losses[0] > 0
+    assert losses[1] == 0
+    assert scores.grad.isfinite().all()
+    assert not scores.grad[1].any()
 
 
 def test_the_gradient_of_a_probability_does_not_vanish_with_it():
@@ -91,8 +121,8 @@ def test_the_gradient_of_a_probability_does_not_vanish_with_it():
 
 def test_every_layer_carries_the_loss_as_often_as_another():
     draws = [selecting_layers(30, seed) for seed in range(3000)]
-    assert {len(drawn) for drawn in draws} == {10}
+    assert {len(drawn) for drawn in draws} == {5}
     counts = torch.tensor([sum(layer in drawn for drawn in draws) for layer in range(30)])
-    assert bool(((counts - 1000).abs() < 130).all())  # five standard deviations
+    assert bool(((counts - 500).abs() < 102).all())  # five standard deviations
     assert selecting_layers(2, 0) == selecting_layers(2, 0)
     assert len(selecting_layers(1, 5)) == 1

@@ -103,6 +103,18 @@ def test_trainings(tmp_path: Path, document: Path) -> None:
     assert found["ablations/x/c"][2:5] == ["pydoc", "10 × 32 × 1024", "lambda_kl 1, lr 0.0003, lora_r 64, num_cuts 2"]
 
 
+def test_a_training_that_cannot_be_read_is_one_line(tmp_path: Path, document: Path) -> None:
+    folder = tmp_path / "results" / "headline" / "training" / "trained-1"
+    write_training(folder)
+    for text in ("", '{"loss": 1.0}\n', '{"step": 1'):
+        (folder / "metrics.jsonl").write_text(text)
+        with pytest.raises(UserError, match=rf"^{folder}: .*metrics.jsonl"):
+            main(tmp_path / "results", document)
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=rf"^{folder}: .*metrics.jsonl"):
+        main(tmp_path / "results", document)
+
+
 def test_ablations(tmp_path: Path, document: Path) -> None:
     for name, evicted in (("low", 45), ("high", 60)):
         comparison(evicted).write(tmp_path / "results" / "ablations" / name)

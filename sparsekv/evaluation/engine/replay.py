@@ -50,6 +50,7 @@ class Replay(KVzipPress):
             self._perform_kvzip_compression(model, self.tokenizer)
             return self._evicted
         finally:
+            self._evicted = []  # this object outlives the caches
             self._reset_internal_parameters()
 
     def compress_post(self, model: PreTrainedModel) -> None:
