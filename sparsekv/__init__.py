@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sparsekv.evaluation.engine.engine import Engine
     from sparsekv.evaluation.matrix.config import EvalConfig
     from sparsekv.evaluation.matrix.run import evaluate
+    from sparsekv.inference.anchor_cache import AnchorCache
     from sparsekv.presses import AnchorPress, make_press
     from sparsekv.training.anchor import build_kv_mask_from_anchors
     from sparsekv.training.config import EITConfig, TrainConfig
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from sparsekv.training.run import train
 
 __all__ = [
+    "AnchorCache",
     "AnchorConfig",
     "AnchorPress",
     "AnchorSelector",
@@ -46,6 +48,7 @@ _HOMES = {
     "evaluation.engine.engine": ("Engine",),
     "evaluation.matrix.config": ("EvalConfig",),
     "evaluation.matrix.run": ("evaluate",),
+    "inference.anchor_cache": ("AnchorCache",),
     "presses": ("AnchorPress", "make_press"),
     "training.anchor": ("build_kv_mask_from_anchors",),
     "training.config": ("EITConfig", "TrainConfig"),
