@@ -13,6 +13,7 @@ from typing import Any, cast, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
+from sparsekv.cluster.config import CLUSTER, PIPELINE
 from sparsekv.commands import COMMANDS
 from sparsekv.errors import UserError
 
@@ -36,11 +37,28 @@ def make_parser(commands: Iterable[str] = COMMANDS) -> ArgumentParser:
             command.add_argument("--out", type=str, default="report.html", help="The page to write.")
             command.add_argument("--figures", action="store_true", help="Also every chart as PNG, SVG and CSV.")
             command.add_argument("--latex", action="store_true", help="Also every table as LaTeX and Markdown.")
+        elif name in ("submit", "status", "cancel"):
+            add_cluster_arguments(command, name)
         elif known.schema and name in commands:
             command.add_argument("--config", action=ActionConfigFile, help="YAML file of options; flags win.")
             command.add_class_arguments(resolve_name(known.schema), as_group=False, fail_untyped=True)
         subcommands.add_subcommand(name, command, help=known.summary)
     return parser
+
+
+def add_cluster_arguments(command: ArgumentParser, name: str) -> None:
+    """The options of `submit`, `status` and `cancel`."""
+    if name == "submit":
+        command.add_argument("target", help="pipeline; or KEY for phase 1 of a model, KEY_trained for phase 3.")
+    command.add_argument("--model", type=str, help="Key of the model in the experiment file.")
+    command.add_argument("--pipeline", type=str, default=PIPELINE, help="The experiment file.")
+    if name == "submit":
+        command.add_argument("--cluster", type=str, default=CLUSTER, help="The site file.")
+        command.add_argument("--executor", default="slurm", help="slurm, or local: this machine, one process a GPU.")
+        command.add_argument("--batch", type=int, help="Jobs of a matrix at a time; default: of the experiment file.")
+        command.add_argument("--gpus", type=int, help="GPUs of a job of a matrix; default: of the experiment file.")
+        command.add_argument("--dry_run", "--dry-run", action="store_true", help="Only show jobs and their cost.")
+        command.add_argument("--yes", action="store_true", help="Submit without a question.")
 
 
 def spell_out_switches(arguments: Sequence[str]) -> list[str]:

@@ -89,6 +89,29 @@ def demo(values: Values) -> int:
     return 0 if demo(DemoConfig(**values)) else _stopped(STOPPED)
 
 
+def submit(values: Values) -> int:
+    from sparsekv.cluster.config import SubmitConfig
+    from sparsekv.cluster.submit import submit
+
+    return submit(SubmitConfig(**values))
+
+
+def status(values: Values) -> int:
+    from sparsekv.cluster.config import StatusConfig
+    from sparsekv.cluster.status import status
+
+    status(StatusConfig(**values))
+    return 0
+
+
+def cancel(values: Values) -> int:
+    from sparsekv.cluster.config import StatusConfig
+    from sparsekv.cluster.status import cancel
+
+    cancel(StatusConfig(**values))
+    return 0
+
+
 def _stopped(status: int, way_on: str = "the same command continues") -> int:
     print(f"stopped; {way_on}", file=sys.stderr)
     return status
@@ -129,6 +152,9 @@ COMMANDS = {
     "compare": Command("Results of base, control and trained side by side: what training changed.", compare),
     "report": Command("A page of pictures and tables of what was found: one HTML file.", report),
     "merge": Command("Merge an adapter into its base model.", merge, "sparsekv.commands:MergeConfig"),
+    "submit": Command("Phases of the experiment as Slurm jobs, or on this machine; what is done is left out.", submit),
+    "status": Command("How far each phase is, and why not further.", status),
+    "cancel": Command("Cancel what waits or runs; a later submit continues it.", cancel),
     "demo": Command(
         "Train a small real model here, compare base, control and trained, make a page.",
         demo,

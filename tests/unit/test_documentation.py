@@ -21,6 +21,7 @@ from sparsekv import cli, models
 from sparsekv.analysis.columns import CLASSES
 from sparsekv.analysis.config import AnalysisConfig
 from sparsekv.analysis.head_statistics import HeadStatistics
+from sparsekv.cluster.config import StatusConfig, SubmitConfig
 from sparsekv.commands import STOPPED, MergeConfig
 from sparsekv.demo import DemoConfig
 from sparsekv.evaluation.benchmarks.files import file_rows
@@ -44,7 +45,7 @@ TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in 
 FOLDERS = "sparsekv|training|presses|evaluation|tests|docs|configs|scripts|benchmarks"
 OTHER_PROGRAMS = {
     *("--check", "--num_processes", "--nproc_per_node", "--config_file"),  # ruff, accelerate, torchrun
-    *("--array", "--gpus"),  # sbatch
+    *("--array", "--gpus", "--exclude"),  # sbatch
     *("--shape", "--doc"),  # benchmarks/eval_matrix.py
 }
 SCHEMAS = {  # document → what its options are
@@ -52,6 +53,7 @@ SCHEMAS = {  # document → what its options are
     "docs/evaluation.md": EvalConfig,
     "docs/analysis.md": AnalysisConfig,
     "docs/report.md": ReportConfig,
+    "docs/cluster.md": SubmitConfig,
 }
 LAYERS = [  # a file imports from lower layers, from its own, and never from a higher one
     {"errors", "signals", "version", "fingerprint", "progress"},
@@ -68,12 +70,12 @@ LAYERS = [  # a file imports from lower layers, from its own, and never from a h
         "style",
     },
     {"data", "models", "anchors", "attention", "observe", "presses"},
-    {"training", "evaluation", "analysis"},
-    {"report"},
+    {"training", "evaluation", "analysis", "inference"},
+    {"report", "cluster"},
     {"demo"},
     {"cli", "commands", "__init__"},
 ]
-PEERS = {"training", "evaluation", "analysis"}  # none of them imports another
+PEERS = {"training", "evaluation", "analysis", "inference"}  # none of them imports another
 EVALUATION = {"benchmarks", "engine", "comparison"}  # none of them imports another, nor what stands on them
 
 each_document = pytest.mark.parametrize("name", TEXTS)
@@ -172,6 +174,7 @@ def test_commands_are_valid(command, monkeypatch, tmp_path):
             assert len(values["folders"]) in (2, 3)
             return 0
         schemas = {"train": TrainConfig, "eval": EvalConfig, "analyze": AnalysisConfig, "demo": DemoConfig}
+        schemas |= {"submit": SubmitConfig, "status": StatusConfig, "cancel": StatusConfig}
         made = {**schemas, "merge": MergeConfig, "report": ReportConfig}[name](**values)
         if isinstance(made, EvalConfig):
             cells = [cell for suite in made.suites() for cell in suite.cells()]
@@ -212,7 +215,7 @@ def defaults(schema: type) -> dict[str, object]:
     for field in dataclasses.fields(schema):
         if field.name == "anchors":
             values |= {f"--anchors.{name}": value for name, value in dataclasses.asdict(AnchorConfig()).items()}
-        elif field.name != "results":  # named without a flag
+        elif field.name not in ("results", "target"):  # named without a flag
             made = field.default is dataclasses.MISSING
             values[f"--{field.name}"] = field.default_factory() if made else field.default
     return values

@@ -1,0 +1,158 @@
+"""`sparsekv submit`: says what would be done and what it costs, asks, and does it."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from sparsekv.cluster import local, slurm
+from sparsekv.cluster.book import SLURM, Book, Entry
+from sparsekv.cluster.config import SubmitConfig
+from sparsekv.cluster.estimate import assumptions, rounded
+from sparsekv.cluster.phases import FINAL, Phase, make_phases
+from sparsekv.cluster.pipeline import Pipeline, load_pipeline
+from sparsekv.cluster.plan import Step, check_scripts, make_plan, predecessors
+from sparsekv.cluster.site import Site, load_site
+from sparsekv.errors import UserError, require
+
+
+def submit(config: SubmitConfig) -> int:
+    """Submit what is missing; returns the exit status.
+
+    Raises
+    ------
+    UserError
+        Whatever cannot work, before anything is submitted; or Slurm's own words.
+    """
+    pipeline = load_pipeline(Path(config.pipeline))
+    key, names = _asked(config, pipeline)
+    phases = make_phases(pipeline, key)
+    names = names or list(phases)
+    if names == ["trained"]:
+        _check_adapters(phases, config)
+    book = Book(Path(pipeline.model(key).results))
+    site = load_site(Path(config.cluster)) if config.executor == SLURM else Site()
+    batch = config.batch or pipeline.batch
+    most = None if config.target == "pipeline" else batch
+    queued = _queued(names, book)  # before the artefacts: what ends meanwhile is found done
+    steps = make_plan(pipeline, phases, names, book, batch, config.gpus, most)
+    steps = [replace(step, queued=queued.get(step.name)) for step in steps]
+    _check_queued(steps)
+    if config.executor == SLURM:
+        check_scripts(steps)
+    _show(steps, site, pipeline, config)
+    due = [step for step in steps if step.due]
+    if not due or config.dry_run:
+        return 0
+    _confirm(due, config)
+    with book.held():
+        require(_queued(names, book) == queued, f"{book.file}: has just changed; try again")
+        if config.executor == SLURM:
+            _submit_chain(steps, site, book)
+            return 0
+        return local.run(steps, book)
+
+
+def _asked(config: SubmitConfig, pipeline: Pipeline) -> tuple[str, list[str]]:
+    """The model's key and the phases; none means all."""
+    if config.target == "pipeline":
+        return str(config.model), []
+    key = config.target.removesuffix("_trained")
+    known = ", ".join(["pipeline", *pipeline.models, *(f"{each}_trained" for each in pipeline.models)])
+    require(key in pipeline.models, f"submit {config.target}: unknown; known are {known}")
+    return key, ["baseline" if key == config.target else "trained"]
+
+
+def _check_adapters(phases: dict[str, Phase], config: SubmitConfig) -> None:
+    """Phase 3 alone needs what phase 2 leaves."""
+    words = ["sparsekv", "submit", "pipeline", "--model", phases["trained"].key]
+    for option in ("pipeline", "cluster", "executor"):
+        value = getattr(config, option)
+        words += [f"--{option}", value] if value != getattr(SubmitConfig, option) else []
+    for phase in (phases[name] for name in ("control", "train") if name in phases):
+        there = (phase.out / FINAL).is_dir()
+        require(there, f"submit {config.target}: no adapter in {phase.out / FINAL} yet; make it: {shlex.join(words)}")
+
+
+def _queued(names: Sequence[str], book: Book) -> dict[str, Entry]:
+    """Phase → the entry of a job that waits or runs now."""
+    newest = [entry for entry in map(book.newest, names) if entry is not None]
+    alive = {job.number for job in slurm.queued(entry.number for entry in newest if entry.executor == SLURM)}
+    return {
+        entry.phase: entry for entry in newest if entry.running or (entry.executor == SLURM and entry.number in alive)
+    }
+
+
+def _check_queued(steps: Sequence[Step]) -> None:
+    """Raise UserError when a job that waits or runs was submitted with another configuration."""
+    for step in steps:
+        if step.queued is not None and not step.state.done:
+            same = step.queued.fingerprint == step.phase.fingerprint
+            first = f"to change them: sparsekv cancel --model {step.phase.key}"
+            require(same, f"{step.phase.label}: job {step.queued.number} does it with other options; {first}")
+
+
+def _show(steps: Sequence[Step], site: Site, pipeline: Pipeline, config: SubmitConfig) -> None:
+    """Each phase: done, queued, or what it will be."""
+    by_name = {step.name: step for step in steps}
+    for step in steps:
+        if not step.due:
+            job = f"queued already, job {step.queued.number}" if step.queued else "done"
+            print(f"{step.phase.label}: {'done' if step.state.done else job} ({step.state.note})")
+            continue
+        each = f"{step.tasks} {'task' if step.tasks == 1 else 'tasks'} × {step.phase.needs.gpus} GPU"
+        cost = f"about {rounded(step.estimate.gpu_hours)} GPU-hours: {step.estimate.work}"
+        print(f"{step.phase.label}: {each}, {cost} ({step.state.note})")
+        if config.executor == SLURM:
+            print(f"  script: {step.phase.script}")
+            print(f"  {step.shown(site, predecessors(step, by_name))}")
+        else:
+            print(f"  {shlex.join(['sparsekv', step.phase.command, *step.phase.arguments])}")
+    if any(step.due for step in steps):
+        total = sum(step.estimate.gpu_hours for step in steps if step.due)
+        print(f"in all about {rounded(total)} GPU-hours")
+        for line in assumptions(pipeline.rates()):
+            print(f"  {line}")
+    else:
+        print("nothing to submit")
+
+
+def _confirm(due: Sequence[Step], config: SubmitConfig) -> None:
+    """Ask, unless --yes; anything but yes ends with one line."""
+    if config.yes:
+        return
+    require(sys.stdin.isatty(), "submit: there is no terminal to ask on; give --yes, or --dry-run to look only")
+    answer = input(f"Submit {len(due)} {'job' if len(due) == 1 else 'jobs'}? [y/N] ")
+    require(answer.strip().lower() in ("y", "yes"), "submit: nothing was submitted")
+
+
+def _submit_chain(steps: Sequence[Step], site: Site, book: Book) -> None:
+    """Submit what is due, each after what it needs; when Slurm refuses one, those of this call are cancelled."""
+    by_name = {step.name: step for step in steps}
+    numbers = {step.name: step.queued.number for step in steps if step.queued is not None}
+    new: list[str] = []
+    environment = {**os.environ, **site.environment()}
+    for step in (step for step in steps if step.due):
+        after = [numbers[name] for name in predecessors(step, by_name)]
+        try:
+            numbers[step.name] = slurm.submit(step.sbatch(site, after), environment)
+            new.append(numbers[step.name])
+            log = step.log.replace("%A", new[-1]).replace("%j", new[-1]).replace("%a", "*")
+            book.add(Entry(step.name, new[-1], step.phase.fingerprint, SLURM, log))
+        except UserError as error:
+            raise UserError(f"{step.phase.label}: {error}{_undo(new)}") from error
+        print(f"{step.phase.label}: job {new[-1]}")
+    print(f"sparsekv status --model {steps[0].phase.key} shows how far they are")
+
+
+def _undo(numbers: Sequence[str]) -> str:
+    """Cancel the jobs; what to say of it."""
+    if not numbers:
+        return "; nothing was submitted"
+    try:
+        slurm.cancel(numbers)
+    except UserError as error:
+        return f"; job {', '.join(numbers)} could not be cancelled again: {error}"
+    return f"; cancelled again: job {', '.join(numbers)}"
