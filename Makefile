@@ -27,8 +27,9 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck -x scripts/*.sh .ci/run
 
-# tests/browser opens the report in a real browser.
+# tests/browser opens the report in a real browser; tests/slurm runs jobs on a real Slurm, which it installs as root.
 test: lint
 	scripts/install_browser.sh
 	$(BIN)/pytest

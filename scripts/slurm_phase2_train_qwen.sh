@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Phase 2: train Qwen3-8B with configs/qwen3_8b.yaml. Arguments go to `sparsekv train` and win over that file.
+#   sbatch scripts/slurm_phase2_train_qwen.sh
+#   sbatch scripts/slurm_phase2_train_qwen.sh --output_dir out/qwen3-8b-control --control true
+# With several GPUs (--gres=gpu:4) divide --grad_accum by their number. A checkpoint in the folder is continued.
+#SBATCH --job-name=train-qwen
+#SBATCH --output=logs/%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gres=gpu:1
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=80G
+#SBATCH --time=24:00:00
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?run this with sbatch, from the root of the repository}"
+. scripts/slurm_lib.sh
+activate_environment
+if [ $# -eq 0 ]; then set -- --output_dir out/qwen3-8b; fi
+run_together train --config configs/qwen3_8b.yaml --resume true "$@"
