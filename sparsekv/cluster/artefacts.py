@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from sparsekv.analysis.config import AnalysisConfig
+from sparsekv.analysis.output import ANALYSIS
 from sparsekv.cluster.cells import CellState, find_cells
-from sparsekv.cluster.phases import FINAL, Phase
+from sparsekv.cluster.phases import Phase
 from sparsekv.errors import UserError
 from sparsekv.evaluation.matrix.config import EvalConfig
 from sparsekv.training.config import TrainConfig
-
-ANALYSIS = "attention_analysis.json"
-TRAINING = "eit_config.json"
+from sparsekv.training.output import FINAL, RUN_CONFIG, changed_options
 
 
 @dataclass(frozen=True)
@@ -57,25 +56,19 @@ def _analyzed(config: AnalysisConfig) -> State:
     wanted: dict[str, Any] = {"dtype": config.dtype, "anchors": asdict(config.anchors)}
     options = ("model", "adapter", "data", "data_subset", "num_samples", "max_len", "seed")
     wanted |= {name: getattr(config, name) for name in options}
-    _refuse_other(out, {name: found.get(name) for name in wanted}, wanted)
+    _refuse_other(out, {name: (found.get(name), now) for name, now in wanted.items() if found.get(name) != now})
     return State(True, str(out / ANALYSIS))
 
 
 def _trained(config: TrainConfig) -> State:
     out = Path(config.output_dir)
     final = (out / FINAL).is_dir()
-    record = _read((out / FINAL if final else out) / TRAINING)
+    record = _read((out / FINAL if final else out) / RUN_CONFIG)
     if record is None:
         if out.exists() and any(out.iterdir()):
             raise UserError(f"{out}: is not empty and holds no run of `sparsekv train`; name another folder")
         return State(False, "nothing yet")
-    before, now = record.get("config", {}), json.loads(json.dumps(asdict(config)))
-    changed = {name for name in now if before.get(name) != now[name]} - {"resume", "output_dir"}
-    if changed:
-        from sparsekv.training.output import MAY_CHANGE_ON_RESUME  # takes seconds, and is seldom needed
-
-        decisive = [name for name in now if name in changed - MAY_CHANGE_ON_RESUME]
-        _refuse_other(out, {name: before.get(name) for name in decisive}, {name: now[name] for name in decisive})
+    _refuse_other(out, changed_options(record.get("config", {}), config))
     if final:
         return State(True, str(out / FINAL))
     steps = [int(path.name[11:]) for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
@@ -91,12 +84,11 @@ def _evaluated(config: EvalConfig) -> State:
     return State(sum(counts.values()) == len(cells), note, cells)
 
 
-def _refuse_other(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise UserError where what is in a folder was made otherwise."""
-    for name in now:
-        if before[name] != now[name]:
-            was = f"--{name} {before[name]!r}, now {now[name]!r}"
-            raise UserError(f"{out}: was made with {was}; name another folder, or delete this one")
+def _refuse_other(out: Path, changed: dict[str, tuple[Any, Any]]) -> None:
+    """Raise UserError where what is in a folder was made otherwise: option → (value then, value now)."""
+    for name, (before, now) in changed.items():
+        was = f"--{name} {before!r}, now {now!r}"
+        raise UserError(f"{out}: was made with {was}; name another folder, or delete this one")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

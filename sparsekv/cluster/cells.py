@@ -9,10 +9,10 @@ import yaml
 
 from sparsekv.errors import UserError
 from sparsekv.evaluation.comparison.results import FINISHED
+from sparsekv.evaluation.matrix.cells import UNAVAILABLE
 from sparsekv.evaluation.matrix.config import EvalConfig, Suite, split
 from sparsekv.fingerprint import fingerprint
 
-UNAVAILABLE = "unavailable.json"
 FILES = (".jsonl", ".parquet")  # a benchmark of the user's own
 ASKED = (  # recorded in a cell as they are given
     *("num_samples", "context_length", "enable_thinking", "query_aware"),

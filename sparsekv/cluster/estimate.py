@@ -1,7 +1,6 @@
 """What a phase will cost: tokens × parameters / measured rate. An order of magnitude, which says what it assumes."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from sparsekv.analysis.config import AnalysisConfig
@@ -51,9 +50,8 @@ def estimate(phase: Phase, state: State, parameters: float, rates: Throughput) -
 
 def _analysis_tokens(config: AnalysisConfig) -> tuple[int, str]:
     runs = "" if len(config.runs) == 1 else f" × {len(config.runs)} models"
-    return config.num_samples * config.max_len * len(
-        config.runs
-    ), f"{config.num_samples:,} rows of {config.max_len:,} tokens{runs}"
+    tokens = config.num_samples * config.max_len * len(config.runs)
+    return tokens, f"{config.num_samples:,} rows of {config.max_len:,} tokens{runs}"
 
 
 def _training_tokens(config: TrainConfig) -> tuple[float, str]:
@@ -64,13 +62,7 @@ def _training_tokens(config: TrainConfig) -> tuple[float, str]:
 
 
 def _evaluation(config: EvalConfig, state: State, parameters: float, rates: Throughput) -> Estimate:
-    seconds = dict(
-        zip(
-            map(suite_name, config.suites()),
-            map(partial(_cell_seconds, parameters, rates), config.suites()),
-            strict=True,
-        )
-    )
+    seconds = {suite_name(suite): _cell_seconds(parameters, rates, suite) for suite in config.suites()}
     missing = [cell for cell in state.cells if cell.state in ("missing", "begun")]
     hours = sum(seconds[cell.benchmark] for cell in missing) / HOUR
     parts = []

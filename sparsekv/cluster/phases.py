@@ -12,8 +12,8 @@ from sparsekv.cluster.schema import from_options
 from sparsekv.errors import UserError, require
 from sparsekv.evaluation.matrix.config import EvalConfig
 from sparsekv.training.config import TrainConfig
+from sparsekv.training.output import FINAL
 
-FINAL = "final"  # of a training's folder: the finished adapter
 COMMANDS = {"analyze": "analyze", "baseline": "eval", "control": "train", "train": "train", "trained": "eval"}
 NUMBERS = {"analyze": 0, "baseline": 1, "control": 2, "train": 2, "trained": 3}
 SCRIPTS = {
@@ -106,9 +106,8 @@ def _arguments(name: str, model: Model, matrix: EvalConfig) -> list[str]:
         runs = [model.base] if name == "baseline" else [run for run in (model.control, model.trained) if run]
         return ["--config", model.matrix, "--only", ",".join(runs), "--out", matrix.out]
     if COMMANDS[name] == "train":
-        adapter = Path(
-            str(matrix.runs[model.control if name == "control" and model.control else model.trained].adapter)
-        )
+        run = model.control if name == "control" else model.trained
+        adapter = Path(str(matrix.runs[str(run)].adapter))
         switch = ["--control", "true"] if name == "control" else []
         return ["--config", model.train, "--output_dir", str(adapter.parent), *switch]
     options = {"model": model.model, "output_dir": str(Path(model.results) / "analysis")} | model.analyze

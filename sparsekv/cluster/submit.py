@@ -11,11 +11,12 @@ from sparsekv.cluster import local, slurm
 from sparsekv.cluster.book import SLURM, Book, Entry
 from sparsekv.cluster.config import SubmitConfig
 from sparsekv.cluster.estimate import assumptions, rounded
-from sparsekv.cluster.phases import FINAL, Phase, make_phases
+from sparsekv.cluster.phases import Phase, make_phases
 from sparsekv.cluster.pipeline import Pipeline, load_pipeline
 from sparsekv.cluster.plan import Step, check_scripts, make_plan, predecessors
 from sparsekv.cluster.site import Site, load_site
 from sparsekv.errors import UserError, require
+from sparsekv.training.output import FINAL
 
 
 def submit(config: SubmitConfig) -> int:

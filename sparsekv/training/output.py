@@ -36,16 +36,25 @@ def usable_checkpoint(out: Path, config: TrainConfig) -> Path | None:
 def _find_checkpoint(out: Path, config: TrainConfig) -> Path | None:
     if not (out / RUN_CONFIG).is_file():
         raise UserError(f"--resume: {out} holds no run (no {RUN_CONFIG})")
-    recorded = json.loads((out / RUN_CONFIG).read_text(encoding="utf-8"))["config"]
-    # A run of an older version does not know the newest options: it went on as if they had their defaults.
-    before = asdict(TrainConfig(model=config.model, output_dir=config.output_dir)) | recorded
-    now = asdict(config)
-    changed = [name for name in now if name not in MAY_CHANGE_ON_RESUME and now[name] != before[name]]
+    changed = changed_options(json.loads((out / RUN_CONFIG).read_text(encoding="utf-8"))["config"], config)
     if changed:
-        differences = ", ".join(f"--{name} {now[name]!r} (was {before[name]!r})" for name in changed)
+        differences = ", ".join(f"--{name} {now!r} (was {before!r})" for name, (before, now) in changed.items())
         raise UserError(f"--resume: {out} was trained with other options: {differences}")
     numbered = [(int(p.name.rpartition("-")[2]), p) for p in out.glob("checkpoint-*") if p.name[11:].isdigit()]
     return max(numbered)[1] if numbered else None
+
+
+def changed_options(recorded: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Option → (recorded value, value now), of those that decide what is trained.
+
+    An option that the record of an older version lacks had its default.
+    """
+    before = asdict(TrainConfig(model=config.model, output_dir=config.output_dir)) | recorded
+    return {
+        name: (before[name], now)
+        for name, now in asdict(config).items()
+        if name not in MAY_CHANGE_ON_RESUME and before[name] != now
+    }
 
 
 def check_same_data(out: Path, fingerprint: str) -> None:

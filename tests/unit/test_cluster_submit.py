@@ -127,6 +127,19 @@ def test_done_phases_drop_out(site, capsys):
     assert "phase 1 baseline: done (2 of 2 cells done)" in capsys.readouterr().out
 
 
+def test_a_training_of_a_version_without_some_option_is_done(site, capsys):
+    """It had the default; another value than that is another training."""
+    finish_training("train")
+    record = Path("out/trained/final/eit_config.json")
+    config = json.loads(record.read_text())["config"]
+    del config["lambda_selection"]
+    record.write_text(json.dumps({"config": config}))
+    assert submit("pipeline", "--model", "tiny", "--dry-run") == 0
+    assert "phase 2 train: done" in capsys.readouterr().out
+    record.write_text(json.dumps({"config": config | {"lambda_selection": 1.0}}))
+    assert "--lambda_selection 1.0, now 0.0" in failure(capsys, "submit", "pipeline", "--model", "tiny", "--dry-run")
+
+
 def test_cells_of_another_adapter_or_question_are_not_done(site, capsys):
     for name in ("control", "train"):
         finish_training(name)
