@@ -25,9 +25,8 @@ from sparsekv.training.kv_dropout import KVDropoutContext, base_of
 from sparsekv.training.loss import IGNORE_INDEX, distillation_loss
 from sparsekv.training.meter import Meter
 from sparsekv.training.plan import EvictionPlan
-from sparsekv.training.rules import SMOOTH_RULES
 from sparsekv.training.scheduler import KeepRatioScheduler
-from sparsekv.training.selection import Selection, later_attention, selecting_layers
+from sparsekv.training.selection import later_attention
 
 SCHEDULER_STATE = "scheduler_state.json"
 STAGING = ".staging"
@@ -157,16 +156,13 @@ class EITTrainer(Trainer):
             yield
             return
         importance: dict[int, list[Tensor]] = {}
-        chosen = selecting_layers(self.base.config.get_text_config().num_hidden_layers, plan.seed)
 
         def receive(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
-            if layer in chosen:
-                importance[layer] = later_attention(query, key, scaling, plan.cuts)
+            importance[layer] = later_attention(query, key, scaling, plan.cuts)
 
         with observing(teacher, receive):
             yield
-        rules = {name: weight for name, weight in self.config.rules.items() if name in SMOOTH_RULES}
-        self.eviction.selection = Selection(importance, rules)
+        self.eviction.importance = importance
 
     def _selection(self, labels: Tensor, tokens: Tensor) -> Tensor:
         """This micro-batch's part of the step's selection loss: a row counts by its tokens with loss."""

@@ -1,7 +1,7 @@
 """The state of one forward pass under eviction: what every layer keeps, decided once."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from sparsekv.attention import (
 from sparsekv.errors import UserError
 from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.plan import EvictionPlan
-from sparsekv.training.rules import LayerContext, PositionEmbeddings, PressRule, Rule, layer_of, make_rule
-from sparsekv.training.selection import Selection, selection_loss
+from sparsekv.training.rules import Kept, LayerContext, PositionEmbeddings, layer_of, make_rule
+from sparsekv.training.selection import selection_loss
 
 
 class ForwardEviction:
@@ -34,8 +34,9 @@ class ForwardEviction:
     input_ids : Long[B, L]
     real : Bool[B, L], optional
         False at padding.
-    selection : Selection, optional
-        Asks its layers for the selection loss.
+    importance : dict of layer → list of Float32[B, G, cut]
+        What the teacher's later queries attend to at each cut (`selection.later_attention`): asks these layers for the
+        selection loss.
 
     Attributes
     ----------
@@ -43,7 +44,7 @@ class ForwardEviction:
     counts : dict of layer → list of int or None
         Entries that each head of each row keeps at a cut; None when that differs.
     selection_losses : dict of layer → Float32[B]
-        The selection loss of each row.
+        The selection loss of each row, mean over cuts; a cut whose rule has no score with a gradient adds 0.
     recomputed : bool
         Whether a layer came a second time, as in the backward pass under gradient checkpointing.
     """
@@ -54,7 +55,7 @@ class ForwardEviction:
         selector: AnchorSelector,
         input_ids: Tensor,
         real: Tensor | None,
-        selection: Selection | None = None,
+        importance: Mapping[int, Sequence[Tensor]],
     ) -> None:
         length = input_ids.shape[1]
         if plan.cuts and plan.cuts[-1] >= length:
@@ -62,7 +63,7 @@ class ForwardEviction:
         self.plan, self.selector, self.input_ids, self.real = plan, selector, input_ids, real
         self.keeps: dict[int, list[Tensor]] = {}
         self.counts: dict[int, list[int | None]] = {}
-        self.selection = selection
+        self.importance = importance
         self.selection_losses: dict[int, Tensor] = {}
         self.recomputed = False
         random_rules = {"random", "anchor_random"} & set(plan.rules)
@@ -75,23 +76,31 @@ class ForwardEviction:
         layer = layer_of(module)
         if layer in self.keeps:
             self.recomputed = True
-        if (layer not in self.keeps or self._selects(layer)) and not slides(module, hidden_states.shape[1]):
+        if self._decides(layer) and not slides(module, hidden_states.shape[1]):
             self._layer_inputs[layer] = (hidden_states, position_embeddings)
 
     def decide(self, module: nn.Module, key: Tensor, value: Tensor) -> list[Tensor]:
         """The layer's `keep` at each cut: Bool[B, G, cut], from [B, G, L, D] keys and values."""
         layer = layer_of(module)
-        if layer in self.keeps and not self._selects(layer):
+        if not self._decides(layer):
             return self.keeps[layer]
         contexts = self._contexts(module, key, value)
+        rules = [
+            make_rule(name, ratio, self.selector, self.plan.geometry)
+            for name, ratio in zip(self.plan.rules, self.plan.keep_ratios, strict=True)
+        ]
+        with scoring(module, key.device, self.plan.seed + layer, differentiable=layer in self.importance):
+            decided = [rule.keep(context) for rule, context in zip(rules, contexts, strict=True)]
+        selection = self._selection_loss(layer, decided)
         if layer not in self.keeps:
-            rules = [self._rule(*drawn) for drawn in zip(self.plan.rules, self.plan.keep_ratios, strict=True)]
-            with scoring(module, key.device, self.plan.seed + layer):
-                decided = [rule.keep(context) for rule, context in zip(rules, contexts, strict=True)]
-            self.keeps[layer], self.counts[layer] = [keep for keep, _ in decided], [count for _, count in decided]
-        if self._selects(layer):  # of a recomputed layer for the same graph again; its value is known
-            self.selection_losses.setdefault(layer, self._selection_loss(module, contexts))
+            self.keeps[layer], self.counts[layer] = [kept.keep for kept in decided], [kept.number for kept in decided]
+            if selection is not None:
+                self.selection_losses[layer] = selection
         return self.keeps[layer]
+
+    def _decides(self, layer: int) -> bool:
+        """Whether the layer's rules run now: once, and again for the gradient of their scores when recomputed."""
+        return layer not in self.keeps or (layer in self.importance and torch.is_grad_enabled())
 
     def _contexts(self, module: nn.Module, key: Tensor, value: Tensor) -> list[LayerContext]:
         """What the rules may read at each cut."""
@@ -110,34 +119,23 @@ class ForwardEviction:
             for cut in self.plan.cuts or (key.shape[2],)
         ]
 
-    def _rule(self, name: str, keep_ratio: float) -> Rule:
-        return make_rule(name, keep_ratio, self.selector, self.plan.geometry)
-
-    def _selects(self, layer: int) -> bool:
-        return self.selection is not None and layer in self.selection.importance and torch.is_grad_enabled()
-
-    def _selection_loss(self, module: nn.Module, contexts: Sequence[LayerContext]) -> Tensor:
-        """Float32[B]: mean over cuts, and over the smooth rules by weight, whichever rule the plan drew."""
-        assert self.selection is not None
-        layer, weights = layer_of(module), self.selection.rules
-        loss = torch.zeros(len(self.input_ids), device=contexts[0].keys.device)
-        with scoring(module, loss.device, self.plan.seed + layer, differentiable=True):
-            for context, ratio, importance in zip(
-                contexts, self.plan.keep_ratios, self.selection.importance[layer], strict=True
-            ):
-                for name, weight in weights.items():
-                    rule = self._rule(name, ratio)
-                    ranked = rule.rank(context) if isinstance(rule, PressRule) else None
-                    if ranked is not None:
-                        loss = loss + weight * selection_loss(*ranked, importance.to(loss.device))
-        return loss / (len(contexts) * sum(weights.values()))
+    def _selection_loss(self, layer: int, decided: Sequence[Kept]) -> Tensor | None:
+        """Float32[B]: mean over cuts; None where no score has a gradient."""
+        if layer not in self.importance:
+            return None
+        losses = [
+            selection_loss(kept.scores, kept.number, importance.to(kept.scores.device))
+            for kept, importance in zip(decided, self.importance[layer], strict=True)
+            if kept.scores is not None and kept.scores.requires_grad and kept.number is not None
+        ]
+        return torch.stack(losses).sum(0) / len(decided) if losses else None
 
     def selection_loss(self) -> Tensor:
-        """Float32[B]: each row's selection loss, mean over the layers that carry it."""
+        """Float32[B]: each row's selection loss, mean over layers."""
         rows = torch.zeros(len(self.input_ids), device=self.input_ids.device)
         for loss in self.selection_losses.values():
             rows = rows + loss.to(rows.device)
-        return rows / max(len(self.selection_losses), 1)
+        return rows / max(len(self.importance), 1)
 
     def mask(self, module: nn.Module, key: Tensor, value: Tensor) -> Tensor:
         """Bool[B, G, L, L]: the layer's allowed pairs, by the dense reference."""
@@ -202,7 +200,7 @@ def begin_forward(
     selector: AnchorSelector,
     args: tuple,
     kwargs: dict[str, Any],
-    selection: Selection | None = None,
+    importance: Mapping[int, Sequence[Tensor]],
 ) -> ForwardEviction:
     """The state of one forward pass from the arguments of the decoder."""
     input_ids = kwargs.get("input_ids", args[0] if args else None)
@@ -212,7 +210,7 @@ def begin_forward(
     real = None
     if attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask.all()):
         real = attention_mask.bool()
-    return ForwardEviction(plan, selector, input_ids, real, selection)
+    return ForwardEviction(plan, selector, input_ids, real, importance)
 
 
 def slides(module: nn.Module, length: int) -> bool:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.eviction import ForwardEviction, begin_forward, slides
 from sparsekv.training.plan import EvictionPlan
 from sparsekv.training.rules import PositionEmbeddings, layer_of
-from sparsekv.training.selection import Selection
 
 IMPLEMENTATION = "sparsekv"
 LayerInput = tuple[Tensor, PositionEmbeddings]  # normed hidden states [B, L, hidden]; (cos, sin) or None
@@ -49,7 +48,7 @@ class KVDropoutContext:
 
     Attributes
     ----------
-    selection : Selection or None
+    importance : dict of layer → list of Float32[B, G, cut]
         Of the next forward (see `ForwardEviction`).
     last : ForwardEviction or None
         The most recent forward's decisions (`keeps`, `keep_ratio()`).
@@ -64,7 +63,7 @@ class KVDropoutContext:
         self.base = base_of(model)
         self.plan = plan
         self.selector = selector
-        self.selection: Selection | None = None
+        self.importance: Mapping[int, Sequence[Tensor]] = {}
         self.last: ForwardEviction | None = None
         self._stack = contextlib.ExitStack()
         self._awaits_recomputation = False
@@ -116,7 +115,7 @@ class KVDropoutContext:
         kwargs.pop("eviction", None)
         if self.plan is None:
             return args, kwargs
-        self.last = begin_forward(self.plan, self.selector, args, kwargs, self.selection)
+        self.last = begin_forward(self.plan, self.selector, args, kwargs, self.importance)
         checkpointing = self.base.is_gradient_checkpointing and self.base.training
         self._awaits_recomputation = checkpointing and torch.is_grad_enabled()
         return args, {**kwargs, "eviction": self.last, "use_cache": False}

@@ -7,7 +7,7 @@ sample. Names: `OWN_RULES` and every key of `PRESS_RULES`.
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from kvpress import PyramidKVPress, ScorerPress, TOVAPress
@@ -86,11 +86,24 @@ class LayerContext:
         )
 
 
+class Kept(NamedTuple):
+    """What a rule keeps of one layer at a cut.
+
+    keep : Bool[B, G, C].
+    number : entries that each head of each row keeps; None when that differs.
+    scores : [B, G, C], what `keep` is the top of, with their gradient where that is on; None where the rule does not
+        rank, rows are padded or everything is kept.
+    """
+
+    keep: Tensor
+    number: int | None
+    scores: Tensor | None = None
+
+
 class Rule(Protocol):
     """Decides `keep` for one layer and cut."""
 
-    def keep(self, context: LayerContext) -> tuple[Tensor, int | None]:
-        """Bool[B, G, C], and how many entries each head of each row keeps (None when that differs)."""
+    def keep(self, context: LayerContext) -> Kept: ...
 
 
 @dataclass
@@ -99,29 +112,26 @@ class PressRule:
 
     press: ScorerPress
 
-    def keep(self, context: LayerContext) -> tuple[Tensor, int | None]:
+    def keep(self, context: LayerContext) -> Kept:
         if context.real is not None:
-            return self._keep_padded(context), None
-        ranked = self.rank(context)
-        if ranked is None:
-            return torch.ones_like(context.keys[..., 0], dtype=torch.bool), context.keys.shape[2]
-        scores, count = ranked
-        kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count, dim=-1).indices, True)
-        return kept, count
-
-    def rank(self, context: LayerContext) -> tuple[Tensor, int] | None:
-        """Scores [B, G, C] of rows without padding, and how many of the highest are kept; None where all are."""
+            return Kept(self._keep_padded(context), None)
         length = context.keys.shape[2]
         count = self._budget(context.module, length)
         if count >= length or length <= shortest_context(self.press):
-            return None
+            return Kept(torch.ones_like(context.keys[..., 0], dtype=torch.bool), length)
+        scores = self._score(context)
+        kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count, dim=-1).indices, True)
+        return Kept(kept, count, scores)
+
+    def _score(self, context: LayerContext) -> Tensor:
+        """[B, G, C], of rows without padding."""
         if isinstance(self.press, AnchorPress):
             self.press.input_ids = context.input_ids
         if isinstance(self.press, SeededRandomPress):
             self.press.row_seeds = context.row_seeds
         kwargs = {"position_embeddings": context.position_embeddings}
         tensors = (context.hidden_states, context.keys, context.values)
-        return self.press.score(context.module, *tensors, attentions=None, kwargs=kwargs), count
+        return self.press.score(context.module, *tensors, attentions=None, kwargs=kwargs)
 
     def _budget(self, module: nn.Module, length: int) -> int:
         if isinstance(self.press, PyramidKVPress):
@@ -136,7 +146,7 @@ class PressRule:
             positions = real.nonzero()
             if len(positions):
                 start, stop = int(positions[0]), int(positions[-1]) + 1
-                kept[row, :, start:stop] = self.keep(context.row(row, start, stop))[0][0]
+                kept[row, :, start:stop] = self.keep(context.row(row, start, stop)).keep[0]
         return kept
 
 
@@ -147,7 +157,7 @@ class AnchorRandomRule:
     selector: AnchorSelector
     keep_ratio: float
 
-    def keep(self, context: LayerContext) -> tuple[Tensor, int | None]:
+    def keep(self, context: LayerContext) -> Kept:
         anchors = self.selector(context.input_ids, context.real).to(context.keys.device)
         heads, length = context.keys.shape[1:3]
         lengths = length if context.real is None else context.real.sum(-1)
@@ -155,7 +165,7 @@ class AnchorRandomRule:
         draws = uniform_draws(seeds, layer_of(context.module), lengths, heads, length)
         keep = build_kv_mask_from_anchors(anchors, self.keep_ratio, heads, draws, context.real)
         counts = keep.sum(-1).flatten().tolist()  # rows whose anchors exceed the budget keep more than the others
-        return keep, counts[0] if len(set(counts)) == 1 else None
+        return Kept(keep, counts[0] if len(set(counts)) == 1 else None)
 
 
 @dataclass
@@ -197,9 +207,9 @@ class AnchorRule:
 
     selector: AnchorSelector
 
-    def keep(self, context: LayerContext) -> tuple[Tensor, int | None]:
+    def keep(self, context: LayerContext) -> Kept:
         anchors = self.selector(context.input_ids, context.real).to(context.keys.device)
-        return anchors[:, None].expand(-1, context.keys.shape[1], -1), None
+        return Kept(anchors[:, None].expand(-1, context.keys.shape[1], -1), None)
 
 
 def make_rule(name: str, keep_ratio: float, selector: AnchorSelector, geometry: str = "two_region") -> Rule:

@@ -8,10 +8,7 @@ Shapes: B batch, H query heads, G key/value heads, L tokens, D head dimension, C
 """
 
 import itertools
-import math
-import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,27 +18,6 @@ from sparsekv.observe import causal_probabilities
 
 SAFE = 15.0  # spreads above the border: the loss there is below 1e-6
 DEEPEST = 100.0  # spreads below the border that a score can lie: what ties leave of a spread blows no gradient up
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What a forward pass needs for the selection loss.
-
-    importance : layer → Float32[B, G, cut] for each cut, from `later_attention`; these layers carry the loss.
-    rules : rules with a smooth score → weight.
-    """
-
-    importance: Mapping[int, Sequence[Tensor]]
-    rules: Mapping[str, float]
-
-
-def selecting_layers(layers: int, seed: int) -> frozenset[int]:
-    """The layers that carry the selection loss in one step, a sixth of them drawn at random.
-
-    Their mean is an unbiased estimate of the mean over all layers. All of them would make a step slow: at each, every
-    rule's scores get a backward pass, and the attention of later queries is computed again.
-    """
-    return frozenset(random.Random(seed).sample(range(layers), math.ceil(layers / 6)))
 
 
 def later_attention(query: Tensor, key: Tensor, scaling: float, cuts: Sequence[int]) -> list[Tensor]:

@@ -33,7 +33,7 @@ class KeepPress(BasePress):
     def compress(self, module, hidden_states, keys, values, attentions, kwargs):
         tensors = (hidden_states, keys, values, kwargs["position_embeddings"])
         context = LayerContext(module, *tensors, self.ids[:, : keys.shape[2]], None, row_seeds(self.ids, None, SEED))
-        keep, count = self.rule.keep(context)
+        keep, count, _ = self.rule.keep(context)
         index = keep.nonzero()[:, 2].view(*keep.shape[:2], count, 1).expand(-1, -1, -1, keys.shape[-1])
         return keys.gather(2, index), values.gather(2, index)
 
@@ -133,7 +133,7 @@ def test_the_anchor_press_keeps_in_kvpress_pipeline_what_the_rule_keeps(model, s
     model.model(ids, past_key_values=whole)
     for layer, (left, full) in enumerate(zip(evicted.layers, whole.layers, strict=True)):
         module = model.model.layers[layer].self_attn
-        keep, count = make_rule("anchor", ratio, selector).keep(
+        keep, count, _ = make_rule("anchor", ratio, selector).keep(
             LayerContext(module, None, full.keys, full.values, None, ids, None, [0])
         )
         assert 0 < count < ids.shape[1]

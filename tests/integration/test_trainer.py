@@ -195,7 +195,7 @@ def test_accumulation_changes_nothing(tmp_path, tiny_tokenizer, padded):
 
 def test_logged_parts_add_up(tmp_path, tiny_tokenizer):
     """The figures are of the whole step and not of its last micro-batch."""
-    config = mixture(lambda_kl=0.7, lambda_selection=0.3)
+    config = mixture(lambda_kl=0.7, lambda_selection=0.3, rules={"knorm": 1.0, "tova": 1.0})
     trainer = make_trainer(
         *(tmp_path, tiny_tokenizer, config), per_device_train_batch_size=2, gradient_accumulation_steps=4
     )
@@ -334,11 +334,11 @@ def test_selection_does_not_depend_on_accumulation_or_checkpointing(tmp_path, ti
     assert any(not torch.allclose(first[name], without[name], atol=1e-4) for name in first)
 
 
-@pytest.mark.parametrize("rules", [{"knorm": 1.0}, {"keydiff": 1.0, "random": 5.0}])
-def test_training_on_the_selection_loss_alone_lowers_it(tmp_path, tiny_tokenizer, rules):
-    """Whatever rule the plan draws; CE is there too, and has little to say about random tokens."""
+@pytest.mark.parametrize("rule", ["knorm", "keydiff"])
+def test_training_on_the_selection_loss_alone_lowers_it(tmp_path, tiny_tokenizer, rule):
+    """CE is there too, and has little to say about random tokens."""
     config = mixture(
-        rules=rules,
+        rules={rule: 1.0},
         lambda_kl=0.0,
         lambda_context=0.0,
         lambda_selection=20.0,
@@ -354,7 +354,7 @@ def test_training_on_the_selection_loss_alone_lowers_it(tmp_path, tiny_tokenizer
     trainer = make_trainer(
         *(tmp_path, tiny_tokenizer, config),
         data=data,
-        model=make_sharp("llama", num_hidden_layers=1),  # every step's draw of layers is the same
+        model=make_sharp("llama", num_hidden_layers=1),
         max_steps=40,
         learning_rate=5e-3,
         per_device_train_batch_size=4,

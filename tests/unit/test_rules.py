@@ -85,7 +85,7 @@ def test_as_many_are_kept_in_every_layer_as_kvpress_keeps(name, ratio, model, se
     with torch.no_grad(), make_press(PRESS_RULES[name], 1 - ratio)(model):
         model.model(ids, past_key_values=cache)
     for layer in range(model.config.num_hidden_layers):
-        keep, count = kept(name, ratio, selector, contexts(layer, torch.ones(2, length, dtype=torch.bool)))
+        keep, count, _ = kept(name, ratio, selector, contexts(layer, torch.ones(2, length, dtype=torch.bool)))
         assert keep.shape == (2, model.config.num_key_value_heads, length)
         assert keep.dtype == torch.bool
         assert (keep.sum(-1) == count).all()
@@ -103,7 +103,7 @@ def test_pyramidkv_keeps_less_in_deeper_layers(selector, contexts):
     length=st.integers(1, 200), ratio=st.floats(0.01, 1.0), name=st.sampled_from(["anchor", "anchor_random", "random"])
 )
 def test_own_rules_keep_kvpress_budget(length, ratio, name, no_anchors, contexts):
-    keep, count = kept(name, ratio, no_anchors, contexts(0, torch.ones(2, length, dtype=torch.bool)))
+    keep, count, _ = kept(name, ratio, no_anchors, contexts(0, torch.ones(2, length, dtype=torch.bool)))
     assert (keep.sum(-1) == count).all()
     assert count == compute_n_kept(length, 1 - ratio)
 
@@ -112,7 +112,7 @@ def test_own_rules_keep_kvpress_budget(length, ratio, name, no_anchors, contexts
 def test_contexts_too_short_for_a_press_are_kept_whole(name, model, selector, contexts):
     """kvpress refuses or breaks on them; training must not stop at a short row."""
     for length in LENGTHS:
-        keep, _ = kept(name, 0.3, selector, contexts(0, torch.ones(1, length, dtype=torch.bool)))
+        keep, *_ = kept(name, 0.3, selector, contexts(0, torch.ones(1, length, dtype=torch.bool)))
         whole_at_kvpress = compute_n_kept(length, 0.7) == length or name not in PRESS_RULES
         if keep.all() and not whole_at_kvpress and name != "lagkv":  # which evicts even from its four sinks
             with (
@@ -126,7 +126,7 @@ def test_contexts_too_short_for_a_press_are_kept_whole(name, model, selector, co
 
 @pytest.mark.parametrize("name", RULES)
 def test_nothing_is_dropped_at_ratio_one(name, selector, contexts):
-    keep, _ = kept(name, 1.0, selector, contexts(1, torch.ones(2, 90, dtype=torch.bool)))
+    keep, *_ = kept(name, 1.0, selector, contexts(1, torch.ones(2, 90, dtype=torch.bool)))
     assert keep.all()
 
 
@@ -134,7 +134,7 @@ def test_nothing_is_dropped_at_ratio_one(name, selector, contexts):
 def test_padding_is_never_kept_and_the_budget_counts_real_tokens(name, selector, contexts):
     real = torch.ones(4, 100, dtype=torch.bool)
     real[0, :20], real[1, 80:], real[2] = False, False, False
-    keep, count = kept(name, 0.5, selector, contexts(1, real))
+    keep, count, _ = kept(name, 0.5, selector, contexts(1, real))
     assert count is None
     assert not keep[~real[:, None].expand_as(keep)].any()
     whole = [kept(name, 0.5, selector, contexts(1, torch.ones(1, n, dtype=torch.bool)))[1] for n in (80, 100)]
@@ -144,10 +144,10 @@ def test_padding_is_never_kept_and_the_budget_counts_real_tokens(name, selector,
 def test_anchors_beyond_the_budget_are_all_kept_and_the_count_is_unknown_where_rows_differ(no_anchors, contexts):
     context = contexts(0, torch.ones(2, 40, dtype=torch.bool))
     context.input_ids[1, 5:35] = 0  # special: 30 anchors, where the budget is 10
-    keep, count = AnchorRandomRule(no_anchors, 0.25).keep(context)
+    keep, count, _ = AnchorRandomRule(no_anchors, 0.25).keep(context)
     assert count is None
     assert keep.sum(-1).tolist() == [[10, 10], [30, 30]]
-    keep, count = AnchorRandomRule(no_anchors, 0.75).keep(context)
+    keep, count, _ = AnchorRandomRule(no_anchors, 0.75).keep(context)
     assert count == 30
 
 
@@ -186,12 +186,12 @@ def test_streaming_rules_have_no_recent_anchors_of_the_row(selector_with, contex
     context = contexts(0, torch.ones(2, 40, dtype=torch.bool))
     rule = make_rule("anchor", 0.5, selector, "streaming")
     assert isinstance(rule, AnchorRule)
-    keep, count = rule.keep(context)
+    keep, count, _ = rule.keep(context)
     assert count is None
     assert keep.shape == (2, 2, 40)
     assert keep[..., :3].all()
     assert not keep[..., 3:].any()
-    sampled, _ = make_rule("anchor_random", 0.25, selector, "streaming").keep(context)
+    sampled, *_ = make_rule("anchor_random", 0.25, selector, "streaming").keep(context)
     assert (sampled.sum(-1) == 10).all()
     assert not sampled[..., -8:].all()
 
@@ -226,7 +226,7 @@ def test_scores_of_smooth_rules_have_a_gradient(name, selector, contexts):
     context = contexts(1, torch.ones(2, 300, dtype=torch.bool))
     for tensor in (context.hidden_states, context.keys, context.values):
         tensor.requires_grad_()
-    scores, count = make_rule(name, 0.5, selector).rank(context)
+    _, count, scores = make_rule(name, 0.5, selector).keep(context)
     assert 0 < count < 300
     assert scores.requires_grad == (name in SMOOTH_RULES)
     if name in SMOOTH_RULES:

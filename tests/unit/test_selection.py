@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsekv.training.selection import later_attention, selecting_layers, selection_loss
+from sparsekv.training.selection import later_attention, selection_loss
 
 CUTS = (5, 11, 16)
 LENGTH = 23
@@ -117,12 +117,3 @@ def test_the_gradient_of_a_probability_does_not_vanish_with_it():
         return float(logits.grad[0, 0, 0])
 
     assert pull(-9.0) < 0.9 * pull(-1.0) < 0
-
-
-def test_every_layer_carries_the_loss_as_often_as_another():
-    draws = [selecting_layers(30, seed) for seed in range(3000)]
-    assert {len(drawn) for drawn in draws} == {5}
-    counts = torch.tensor([sum(layer in drawn for drawn in draws) for layer in range(30)])
-    assert bool(((counts - 500).abs() < 102).all())  # five standard deviations
-    assert selecting_layers(2, 0) == selecting_layers(2, 0)
-    assert len(selecting_layers(1, 5)) == 1
