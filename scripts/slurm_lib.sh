@@ -11,9 +11,8 @@
 #
 # Signals. Slurm sends USR1 to the batch shell alone, before the time limit (--signal=B:USR1@120), and on some sites before
 # preemption: the processes get TERM, save and end, and the job queues again. With TERM (scancel, preemption at once) Slurm
-# reaches every process of the job by itself. A second TERM would end them without saving, so none is sent then.
-# This is also why no launcher stands between: torchrun and accelerate launch pass on the TERM that the processes already got.
-# (srun does, too: a training on several nodes that is preempted without USR1 may go on from an earlier checkpoint.)
+# reaches every process of the job by itself, and srun passes it on to its own once more; they save once, however often.
+# No launcher stands between: torchrun and accelerate launch give their processes 30 seconds to save, whatever the site does.
 
 PIDS=()               # processes of this shell that have not ended
 NODES=1 NODE=0        # nodes of a training, and which of them this is

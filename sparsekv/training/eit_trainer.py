@@ -176,6 +176,12 @@ class EITTrainer(Trainer):
             return self.teacher.get_output_embeddings()
         return getattr(head, "base_layer", getattr(head, "original_module", head)).forward
 
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """No batches once the last step is done: transformers would train one more when resumed from its checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
         """Long[2]: the tokens of the optimizer step that carry distillation loss and context loss, over processes."""
         if not batch_samples:

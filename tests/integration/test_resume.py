@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import TrainerCallback
 
 from sparsekv.cli import main
 from sparsekv.errors import UserError
+from sparsekv.signals import ECHO
 from sparsekv.training import run
 from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.run import train
@@ -163,6 +165,23 @@ def test_killed_during_a_save(options, uninterrupted, tmp_path, monkeypatch, mom
     assert_same_run(uninterrupted, out)
 
 
+def test_killed_before_the_end_is_written(options, uninterrupted, tmp_path, monkeypatch):
+    """After the checkpoint of the last step nothing is left to train."""
+    out = tmp_path / "out"
+
+    def die(*args):
+        raise Killed
+
+    monkeypatch.setattr(run, "save_final", die)
+    with pytest.raises(Killed):
+        train(train_config(options, out))
+    monkeypatch.undo()
+    assert (out / f"checkpoint-{STEPS}").is_dir()
+    assert not (out / "final").exists()
+    train(train_config(options, out, resume=True))
+    assert_same_run(uninterrupted, out)
+
+
 def test_a_killed_process(options, uninterrupted, tmp_path):
     """The real thing: SIGKILL while a checkpoint is being written, and SIGTERM with its status and message."""
     out = tmp_path / "out"
@@ -184,6 +203,47 @@ def test_a_killed_process(options, uninterrupted, tmp_path):
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(path.name for path in out.glob("*point-*")) == ["checkpoint-2"]
     assert (out / ".staging" / "checkpoint-4" / "optimizer.pt").exists()
+    train(train_config(options, out, resume=True))
+    assert_same_run(uninterrupted, out)
+
+
+SAVES_SLOWLY = """
+import sys, time
+from pathlib import Path
+from sparsekv.cli import main
+from sparsekv.training.eit_trainer import EITTrainer
+plain = EITTrainer._save_rng_state
+def save(self, folder):
+    Path("saving").touch()
+    end = time.monotonic() + float(sys.argv[1])
+    while time.monotonic() < end:
+        time.sleep(0.01)
+    plain(self, folder)
+EITTrainer._save_rng_state = save
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("again", "seconds", "status"),
+    [(signal.SIGTERM, 3, 128 + signal.SIGTERM), (signal.SIGINT, 60, 128 + signal.SIGINT)],
+)
+def test_another_signal_while_a_checkpoint_is_written(options, uninterrupted, tmp_path, again, seconds, status):
+    """A repeated SIGTERM does no harm, an impatient Ctrl-C ends the run; both can be resumed."""
+    out = tmp_path / "out"
+    (tmp_path / "slow.py").write_text(SAVES_SLOWLY)
+    arguments = ["train", *as_flags({**options, "output_dir": str(out)})]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "slow.py", str(seconds), *arguments], cwd=tmp_path, env=environment)
+    while not (tmp_path / "saving").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.terminate()
+    time.sleep(ECHO + 0.2)
+    process.send_signal(again)
+    assert process.wait(60) == status
+    saved = {path.name for path in out.glob("checkpoint-*")}
+    assert saved == ({"checkpoint-2", "checkpoint-3"} if again == signal.SIGTERM else set())
     train(train_config(options, out, resume=True))
     assert_same_run(uninterrupted, out)
 
