@@ -21,7 +21,7 @@ from sparsekv.evaluation.matrix.run import evaluate
 from sparsekv.report.config import ReportConfig
 from sparsekv.report.run import report
 from sparsekv.training.config import TrainConfig
-from sparsekv.training.output import FINAL
+from sparsekv.training.record import FINAL
 from sparsekv.training.run import train
 
 PRESSES = ("snapkv", "streaming_llm", "knorm", "keydiff")

@@ -14,13 +14,8 @@ from sparsekv.files import check_writable, readable, write_json, write_text, wri
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import SCHEDULER_STATE, STAGING, EITTrainer
 from sparsekv.training.model_card import model_card
+from sparsekv.training.record import FINAL, RUN_CONFIG, changed_options
 from sparsekv.version import commit, versions
-
-RUN_CONFIG = "eit_config.json"
-FINAL = "final"
-MAY_CHANGE_ON_RESUME = {
-    *("resume", "save_steps", "eval_steps", "logging_steps", "report_to", "output_dir", "device_map", "compile"),
-}
 
 
 def usable_checkpoint(out: Path, config: TrainConfig) -> Path | None:
@@ -42,19 +37,6 @@ def _find_checkpoint(out: Path, config: TrainConfig) -> Path | None:
         raise UserError(f"--resume: {out} was trained with other options: {differences}")
     numbered = [(int(p.name.rpartition("-")[2]), p) for p in out.glob("checkpoint-*") if p.name[11:].isdigit()]
     return max(numbered)[1] if numbered else None
-
-
-def changed_options(recorded: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Option → (recorded value, value now), of those that decide what is trained.
-
-    An option that the record of an older version lacks had its default.
-    """
-    before = asdict(TrainConfig(model=config.model, output_dir=config.output_dir)) | recorded
-    return {
-        name: (before[name], now)
-        for name, now in asdict(config).items()
-        if name not in MAY_CHANGE_ON_RESUME and before[name] != now
-    }
 
 
 def check_same_data(out: Path, fingerprint: str) -> None:

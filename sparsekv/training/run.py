@@ -1,10 +1,13 @@
 """From a TrainConfig to an adapter on disk."""
 
+import atexit
+import gc
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
@@ -20,7 +23,6 @@ from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.kv_dropout import KVDropoutContext
 from sparsekv.training.output import (
-    FINAL,
     check_same_data,
     prepare_output_dir,
     removed_if_unused,
@@ -29,6 +31,7 @@ from sparsekv.training.output import (
     usable_checkpoint,
 )
 from sparsekv.training.plan import EvictionPlan
+from sparsekv.training.record import FINAL
 
 
 def train(config: TrainConfig) -> Path | None:
@@ -77,7 +80,16 @@ def train(config: TrainConfig) -> Path | None:
         if args.should_save:
             prepare_output_dir(out, record)
     args.distributed_state.wait_for_everyone()
-    return _run(trainer, out, record, checkpoint)
+    final = _run(trainer, out, record, checkpoint)
+    if args.world_size > 1:
+        atexit.register(_leave_group, args.distributed_state)
+    return final
+
+
+def _leave_group(state: PartialState) -> None:
+    """Leave the other processes in order: a group that the end of the interpreter finds may abort there."""
+    gc.collect()  # the wrapped model, which is no longer used, holds the group too
+    state.destroy_process_group()
 
 
 def _run(trainer: EITTrainer, out: Path, record: dict[str, Any], checkpoint: Path | None) -> Path | None:

@@ -1,0 +1,25 @@
+"""What a folder of a training says of it: which options it was trained with, and whether it is finished."""
+
+from dataclasses import asdict
+from typing import Any
+
+from sparsekv.training.config import TrainConfig
+
+RUN_CONFIG = "eit_config.json"
+FINAL = "final"
+MAY_CHANGE_ON_RESUME = {
+    *("resume", "save_steps", "eval_steps", "logging_steps", "report_to", "output_dir", "device_map", "compile"),
+}
+
+
+def changed_options(recorded: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Option → (recorded value, value now), of those that decide what is trained.
+
+    An option that the record of an older version lacks had its default.
+    """
+    before = asdict(TrainConfig(model=config.model, output_dir=config.output_dir)) | recorded
+    return {
+        name: (before[name], now)
+        for name, now in asdict(config).items()
+        if name not in MAY_CHANGE_ON_RESUME and before[name] != now
+    }
