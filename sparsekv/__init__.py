@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsekv.anchors import AnchorConfig, AnchorSelector
+    from sparsekv.anchor_config import AnchorConfig
+    from sparsekv.anchors import AnchorSelector
     from sparsekv.errors import UserError
     from sparsekv.evaluation.comparison.compare import compare
     from sparsekv.evaluation.engine.engine import Engine
@@ -42,7 +43,8 @@ __all__ = [
 
 # Imported at first use: torch and transformers take seconds, and `sparsekv --help` needs neither.
 _HOMES = {
-    "anchors": ("AnchorConfig", "AnchorSelector"),
+    "anchor_config": ("AnchorConfig",),
+    "anchors": ("AnchorSelector",),
     "errors": ("UserError",),
     "evaluation.comparison.compare": ("compare",),
     "evaluation.engine.engine": ("Engine",),

@@ -14,7 +14,6 @@ import os
 import tempfile
 import unicodedata
 from collections.abc import Collection, Iterator
-from enum import IntEnum
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from sparsekv.files import cache_folder
+from sparsekv.token_classes import TokenClass
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -46,17 +46,6 @@ _ENGLISH = """
     's 't 're 've 'll 'm 'd n't
 """
 STOPWORDS = frozenset(_ENGLISH.split())
-
-
-class TokenClass(IntEnum):
-    """What a token is; every vocabulary id has exactly one class."""
-
-    SPECIAL = 0
-    PUNCTUATION = 1
-    NUMBER = 2
-    WHITESPACE = 3
-    STOPWORD = 4
-    CONTENT = 5
 
 
 def classify_vocabulary(

@@ -8,7 +8,7 @@ import pandas as pd
 from cells import write_cell
 
 from sparsekv.analysis.columns import CLASSES
-from sparsekv.analysis.inputs import SCHEMA_VERSION
+from sparsekv.analysis.results import SCHEMA_VERSION
 from sparsekv.analysis.rows import distances
 from sparsekv.analysis.summary import CLASS_FIGURE
 from sparsekv.evaluation.matrix.views import KeptEntries, NotShown, View, encode_received, save_view

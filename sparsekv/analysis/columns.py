@@ -7,13 +7,11 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from sparsekv.analysis.concentration import HELD, cumulated, tokens_for
+from sparsekv.analysis.names import CLASSES, POSITIONS
 from sparsekv.observe import expected_attention
-from sparsekv.tokens import TokenClass
 
-POSITIONS = 64  # leading positions that are told apart: enough to see where a sink ends
 LATER_BLOCKS = 8  # of the second half's queries
 KEPT = (50, 30)  # percent of the context
-CLASSES = tuple(token_class.name.lower() for token_class in TokenClass)
 
 
 def describe(length: int) -> dict[str, str]:

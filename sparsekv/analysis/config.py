@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from sparsekv.anchors import AnchorConfig
+from sparsekv.anchor_config import AnchorConfig
 from sparsekv.errors import require
 
 

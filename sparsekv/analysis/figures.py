@@ -16,7 +16,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
-from sparsekv.analysis.columns import CLASSES
+from sparsekv.analysis.names import CLASSES
 from sparsekv.analysis.recommend import RECENT_HOLDS, recent_distance
 from sparsekv.analysis.summary import CLASS_FIGURE
 from sparsekv.style import DIVERGING, RUNS, SEQUENTIAL, paper_style

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sparsekv.analysis.config import AnalysisConfig
 from sparsekv.analysis.head_statistics import HeadStatistics
+from sparsekv.analysis.results import SCHEMA_VERSION
 from sparsekv.analysis.samples import SampleFolder
 from sparsekv.data import build_datasets, parse_sources
 from sparsekv.errors import UserError, require
@@ -17,8 +18,6 @@ from sparsekv.files import check_writable, writing
 from sparsekv.fingerprint import fingerprint
 from sparsekv.models import check_adapter, check_device, load_config, load_tokenizer, resolve_model
 from sparsekv.version import versions
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,23 @@
-"""The results of an analysis as files, and their reader."""
+"""The results of an analysis as files."""
 
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from sparsekv.analysis import figures, summary
 from sparsekv.analysis.config import AnalysisConfig
-from sparsekv.analysis.inputs import SCHEMA_VERSION, Inputs
+from sparsekv.analysis.inputs import Inputs
+from sparsekv.analysis.names import ANALYSIS, HEADS
 from sparsekv.analysis.recommend import as_yaml, recommend
 from sparsekv.analysis.samples import Samples
-from sparsekv.anchors import AnchorConfig
-from sparsekv.errors import UserError, require
+from sparsekv.anchor_config import AnchorConfig
 from sparsekv.files import write_bytes, write_json, write_text
 from sparsekv.version import commit
 
-ANALYSIS = "attention_analysis.json"
-HEADS = "attention_analysis.parquet"
 ANCHORS = "anchors.yaml"
 FIGURES = "figures"
-NEEDED = {  # by whoever reads it
-    *("model", "adapter", "runs", "num_samples", "max_len", "anchors", "token_shares"),
-    *("overall", "layers", "difference", "recommendation"),
-}
 
 
 def write_results(config: AnalysisConfig, inputs: Inputs, samples: Samples) -> dict[str, Any]:
@@ -83,37 +74,3 @@ def _anchors(analysis: Mapping[str, Any]) -> str:
     measured = f"its attention on {analysis['num_samples']} rows of {analysis['max_len']} tokens ({ANALYSIS})"
     heading = f"Anchors for {analysis['model']}, from {measured}; for `sparsekv train --anchors`."
     return as_yaml(AnchorConfig(**recommendation["anchors"]), recommendation["evidence"], heading)
-
-
-def load_analysis(path: Path) -> dict[str, Any]:
-    """The content of an `attention_analysis.json`.
-
-    Raises
-    ------
-    UserError
-        Names the file: corrupt, or of another version of the schema.
-    """
-    try:
-        analysis = json.loads(path.read_text("utf-8"))
-        version = analysis["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: corrupt or no analysis; run `sparsekv analyze` again to write it anew") from error
-    wanted = f"{path}: its schema_version is {version!r}, and this version of sparsekv reads {SCHEMA_VERSION}"
-    require(version == SCHEMA_VERSION, f"{wanted}; run `sparsekv analyze` again")
-    lacking = sorted(NEEDED - analysis.keys())
-    require(not lacking, f"{path}: corrupt (no {', '.join(lacking)}); run `sparsekv analyze` again to write it anew")
-    return analysis
-
-
-def load_heads(path: Path) -> pd.DataFrame:
-    """The table of an `attention_analysis.parquet`: columns run, layer, head, figure, mean, low, high.
-
-    Raises
-    ------
-    UserError
-        Names the file when it cannot be read.
-    """
-    try:
-        return pd.read_parquet(path, columns=["run", "layer", "head", "figure", "mean", "low", "high"])
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are kinds of these
-        raise UserError(f"{path}: corrupt or missing; run `sparsekv analyze` again to write it anew") from error

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from sparsekv.analysis.columns import CLASSES, POSITIONS
+from sparsekv.analysis.names import CLASSES, POSITIONS
 from sparsekv.analysis.summary import CLASS_FIGURE
-from sparsekv.anchors import AnchorConfig
+from sparsekv.anchor_config import AnchorConfig
 
 SINK_ABOVE = 2.0  # times the attention of a position under evenly spread attention
 RECENT_HOLDS = 0.8  # of the attention that is not on the sink

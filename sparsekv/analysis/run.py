@@ -6,7 +6,8 @@ from pathlib import Path
 from sparsekv.analysis.config import AnalysisConfig
 from sparsekv.analysis.inputs import Inputs, prepare
 from sparsekv.analysis.measure import Measurer
-from sparsekv.analysis.output import ANALYSIS, ANCHORS, FIGURES, HEADS, write_results
+from sparsekv.analysis.names import ANALYSIS, HEADS
+from sparsekv.analysis.output import ANCHORS, FIGURES, write_results
 from sparsekv.analysis.tables import show
 from sparsekv.files import writing
 from sparsekv.progress import CountProgress

@@ -5,16 +5,20 @@ it has a meaning; the interval is over samples. Differences between adapter and 
 anything is averaged.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from sparsekv.analysis.columns import CLASSES
-from sparsekv.analysis.samples import Samples
+from sparsekv.analysis.names import CLASSES
+
+if TYPE_CHECKING:
+    from sparsekv.analysis.samples import Samples
 
 CONFIDENCE = 0.95
 DIFFERENCE = "difference"  # adapter − base
@@ -34,7 +38,7 @@ class Estimate:
     high: np.ndarray
 
     @classmethod
-    def of(cls, samples: np.ndarray) -> "Estimate":
+    def of(cls, samples: np.ndarray) -> Estimate:
         """Over the first axis of Float[n, ...]."""
         known = ~np.isnan(samples)
         n, mean = known.sum(0), _mean(samples, 0)

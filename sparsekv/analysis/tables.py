@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparsekv.analysis.columns import CLASSES
+from sparsekv.analysis.names import CLASSES
 from sparsekv.analysis.summary import CLASS_FIGURE
 
 Analysis = Mapping[str, Any]

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from sparsekv.analysis.config import AnalysisConfig
-from sparsekv.analysis.output import ANALYSIS
+from sparsekv.analysis.names import ANALYSIS
 from sparsekv.cluster.cells import CellState, find_cells
 from sparsekv.cluster.phases import Phase
 from sparsekv.errors import UserError
 from sparsekv.evaluation.matrix.config import EvalConfig
 from sparsekv.training.config import TrainConfig
-from sparsekv.training.output import FINAL, RUN_CONFIG, changed_options
+from sparsekv.training.record import FINAL, RUN_CONFIG, changed_options
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 import psutil
-import torch
 
 from sparsekv.cluster.artefacts import state
 from sparsekv.cluster.book import LOCAL, Book, Entry
@@ -180,6 +179,8 @@ def _spawn(words: Sequence[str], environment: dict[str, str], log: IO[Any]) -> s
 
 def _gpus() -> list[str]:
     """Ids of the GPUs that this process may use."""
+    import torch  # takes a second, which nothing else here needs
+
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     named = [name.strip() for name in visible.split(",") if name.strip()] if visible else list(map(str, range(count)))

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsekv.evaluation.comparison.cell_files import FINISHED
 from sparsekv.evaluation.comparison.compare import Analysis
-from sparsekv.evaluation.comparison.results import FINISHED
 from sparsekv.report.collect import Evidence
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from sparsekv.analysis.output import ANALYSIS, HEADS, load_analysis, load_heads
+from sparsekv.analysis.names import ANALYSIS, HEADS
+from sparsekv.analysis.results import load_analysis, load_heads
 from sparsekv.errors import UserError, require
+from sparsekv.evaluation.comparison.cell_files import FINISHED
 from sparsekv.evaluation.comparison.compare import ROLES, Analysis, analyze
-from sparsekv.evaluation.comparison.results import FINISHED, Results, load_results
+from sparsekv.evaluation.comparison.results import Results, load_results
 
 RECORD = "eit_config.json"  # of a training, in its folder and in its adapter's
 METRICS = "metrics.jsonl"

@@ -10,7 +10,8 @@ import pandas as pd
 
 from sparsekv.errors import UserError, require
 from sparsekv.evaluation.benchmarks.scoring.string_match import match_all
-from sparsekv.evaluation.comparison.results import FINISHED, NO_PRESS, ROWS
+from sparsekv.evaluation.comparison.cell_files import FINISHED
+from sparsekv.evaluation.comparison.results import NO_PRESS, ROWS
 from sparsekv.report.collect import EvaluatedRun
 
 

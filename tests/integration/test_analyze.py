@@ -19,7 +19,7 @@ from tiny import make_sharp, make_tiny_tokenizer, messages, save_tiny
 from sparsekv.analysis import run as run_module
 from sparsekv.analysis.columns import CLASSES
 from sparsekv.analysis.head_statistics import HeadStatistics
-from sparsekv.analysis.output import load_analysis, load_heads
+from sparsekv.analysis.results import load_analysis, load_heads
 from sparsekv.analysis.samples import SampleFolder
 from sparsekv.anchors import AnchorConfig
 from sparsekv.cli import main, parse

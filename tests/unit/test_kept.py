@@ -13,9 +13,9 @@ from tiny import make_tiny
 from sparsekv.evaluation.engine.caches import CacheMaker, eager_attention
 from sparsekv.evaluation.engine.evicted import EvictedCache, LayerEntries
 from sparsekv.evaluation.engine.kept import kept_positions
-from sparsekv.evaluation.engine.prompts import encode_prompt
 from sparsekv.evaluation.engine.work import FULL_CACHE, Cell, ContextWork, Question
 from sparsekv.presses import PRESSES, is_decoding, make_press, needs_eager, needs_question, shares_prefill, why_not
+from sparsekv.prompts import encode_prompt
 
 TEXT = next(text for text in topics.values() if len(text) > 1000)[:700]
 SCORERS = ("knorm", "snapkv:window_size=16", "keydiff", "tova", "merging_knorm", "random", "observed_attention")

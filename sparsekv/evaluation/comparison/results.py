@@ -12,9 +12,9 @@ import pandas as pd
 import yaml
 
 from sparsekv.errors import UserError, require
+from sparsekv.evaluation.comparison.cell_files import FINISHED
 
 NO_PRESS = "no_press"  # the press name of the full-cache cell
-FINISHED = ("predictions.csv", "metrics.json", "profile.json")
 SCORE = "score:"  # what the names of score columns in predictions.csv begin with
 CELL = ["benchmark", "data_dir", "press", "compression_ratio"]
 RUN = ["model", "adapter"]

@@ -21,13 +21,12 @@ from filelock import FileLock
 
 from sparsekv.errors import UserError, require
 from sparsekv.evaluation.benchmarks.schema import Benchmark
-from sparsekv.evaluation.comparison.results import FINISHED
+from sparsekv.evaluation.comparison.cell_files import FINISHED, UNAVAILABLE
 from sparsekv.evaluation.matrix.journal import Journal
 from sparsekv.evaluation.matrix.predictions import predicted_rows, predictions_csv, profile
 from sparsekv.files import write_json, write_text
 
 CONFIG = "config.yaml"
-UNAVAILABLE = "unavailable.json"
 LOCKS = ".locks"
 LONGEST_NAME = 240  # bytes of a folder's name: systems allow 255, and the name of its lock is longer
 FREE = {"device", "output_dir", "log_level", "press_init_command"}  # may differ between runs of one cell

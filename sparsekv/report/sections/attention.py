@@ -11,8 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sparsekv.analysis import figures
-from sparsekv.analysis.columns import CLASSES
-from sparsekv.analysis.output import ANALYSIS, HEADS
+from sparsekv.analysis.names import ANALYSIS, CLASSES, HEADS
 from sparsekv.analysis.recommend import RECENT_HOLDS, recent_distance
 from sparsekv.analysis.summary import CLASS_FIGURE
 from sparsekv.analysis.tables import sentences

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sparsekv.evaluation.comparison.results import FINISHED, NO_PRESS
+from sparsekv.evaluation.comparison.cell_files import FINISHED
+from sparsekv.evaluation.comparison.results import NO_PRESS
 from sparsekv.evaluation.comparison.tables import NONE, benchmark_name, cell_name
 from sparsekv.report.cells import file_stem
 from sparsekv.report.chart import Section, TextTable

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsekv.evaluation.comparison.results import FINISHED
+from sparsekv.evaluation.comparison.cell_files import FINISHED
 from sparsekv.evaluation.comparison.tables import NONE
 from sparsekv.report.chart import Section, TextTable
 from sparsekv.report.collect import AttentionAnalysis, EvaluatedRun, Evidence, Training

@@ -13,11 +13,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from sparsekv.errors import require
+from sparsekv.evaluation.comparison.cell_files import FINISHED
 from sparsekv.evaluation.comparison.levels import FULL_CACHE
-from sparsekv.evaluation.comparison.results import FINISHED, SCORE, Results
+from sparsekv.evaluation.comparison.results import SCORE, Results
 from sparsekv.evaluation.matrix.views import KeptEntries, View, load_view
 from sparsekv.report.collect import EvaluatedRun, Evidence
-from sparsekv.tokens import TokenClass
+from sparsekv.token_classes import TokenClass
 
 BUDGET = 6 * 2**20  # characters of arrays in the page, over all views
 LEFT_OUT = "left out to keep this page small; its file has it"
