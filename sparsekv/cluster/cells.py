@@ -8,12 +8,14 @@ from typing import Any
 import yaml
 
 from sparsekv.errors import UserError
-from sparsekv.evaluation.comparison.results import FINISHED
-from sparsekv.evaluation.matrix.cells import UNAVAILABLE
+from sparsekv.evaluation.comparison.cell_files import FINISHED, UNAVAILABLE
 from sparsekv.evaluation.matrix.config import EvalConfig, Suite, split
 from sparsekv.fingerprint import fingerprint
 
 FILES = (".jsonl", ".parquet")  # a benchmark of the user's own
+ELSEWHERE = {  # what differs in one of these is another cell in another folder, or judged by its rows
+    *("dataset", "data_dir", "model", "query_aware", "context_length", "tasks", "num_samples"),
+}
 ASKED = (  # recorded in a cell as they are given
     *("num_samples", "context_length", "enable_thinking", "query_aware"),
     *("max_context_length", "temperature", "top_p", "top_k", "num_generations"),
@@ -46,13 +48,24 @@ class CellState:
 
 
 def find_cells(config: EvalConfig) -> Iterator[CellState]:
-    """Every cell of the evaluation, in order."""
+    """Every cell of the evaluation, in order.
+
+    Raises
+    ------
+    UserError
+        The folder of a cell holds another one, which the evaluation would refuse to replace.
+    """
     for folder, run in config.folders().items():
         found = list(_recorded(folder))
         adapter = None if run.adapter is None or not found else fingerprint(Path(run.adapter))
         for suite in config.suites():
-            mine = [(path, recorded) for path, recorded in found if _asked(config, run.model, adapter, suite, recorded)]
-            by_cell = {(recorded["press_name"], recorded["compression_ratio"]): path for path, recorded in mine}
+            by_cell = {}
+            for path, recorded in found:
+                cell = (recorded["press_name"], recorded["compression_ratio"])
+                changed = _changed(config, run.model, adapter, suite, recorded)
+                if cell in suite.cells() and not changed.keys() & ELSEWHERE:
+                    _refuse(path, changed)
+                    by_cell[cell] = path
             for press, ratio in suite.cells():
                 state, note = _state(by_cell.get((press, ratio)))
                 yield CellState(folder.name, suite_name(suite), press, ratio, state, note)
@@ -73,8 +86,10 @@ def _recorded(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             raise UserError(f"{file}: corrupt ({reason}); delete this folder to do the cell again") from error
 
 
-def _asked(config: EvalConfig, model: str, adapter: str | None, suite: Suite, recorded: dict[str, Any]) -> bool:
-    """Whether a cell was asked what this evaluation asks, of the same adapter by its fingerprint."""
+def _changed(
+    config: EvalConfig, model: str, adapter: str | None, suite: Suite, recorded: dict[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """What a cell was asked otherwise than this evaluation asks, of an adapter by its fingerprint: (then, now)."""
     name = Path(suite.name).stem if suite.name.endswith(FILES) else suite.name
     wanted = {
         "dataset": name,
@@ -88,8 +103,15 @@ def _asked(config: EvalConfig, model: str, adapter: str | None, suite: Suite, re
         wanted["dtype"] = config.dtype
     part = str(recorded.get("data_dir"))  # of a benchmark made to measure it begins with the length
     known = None if suite.data_dir is None else Path(str(suite.data_dir)).stem
-    same_part = known is None or part == str(suite.data_dir) or part.endswith(f"-{known}")
-    return same_part and all(recorded.get(key) == value for key, value in wanted.items())
+    if not (known is None or part == str(suite.data_dir) or part.endswith(f"-{known}")):
+        wanted["data_dir"] = suite.data_dir
+    return {key: (recorded.get(key), now) for key, now in wanted.items() if recorded.get(key) != now}
+
+
+def _refuse(cell: Path, changed: dict[str, tuple[Any, Any]]) -> None:
+    for key, (was, now) in changed.items():
+        how = "another adapter" if key == "adapter_fingerprint" else f"{key} {was!r}, now {now!r}"
+        raise UserError(f"{cell.parent}: was made with {how}; name other results, or delete this folder ({cell.name})")
 
 
 def _state(folder: Path | None) -> tuple[str, str]:

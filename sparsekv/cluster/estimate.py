@@ -1,5 +1,6 @@
 """What a phase will cost: tokens × parameters / measured rate. An order of magnitude, which says what it assumes."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ from sparsekv.analysis.config import AnalysisConfig
 from sparsekv.cluster.artefacts import State
 from sparsekv.cluster.cells import suite_name
 from sparsekv.cluster.phases import Phase
-from sparsekv.cluster.pipeline import Throughput
+from sparsekv.cluster.pipeline import Throughput, Workload
 from sparsekv.evaluation.matrix.config import EvalConfig, Suite, split
 from sparsekv.training.config import TrainConfig
 
@@ -40,12 +41,12 @@ def estimate(phase: Phase, state: State, parameters: float, rates: Throughput) -
     if isinstance(phase.config, EvalConfig):
         return _evaluation(phase.config, state, parameters, rates)
     if isinstance(phase.config, TrainConfig):
-        tokens, work = _training_tokens(phase.config)
+        tokens, work = _training_tokens(phase.config, phase.needs.gpus)
         hours = parameters * tokens / rates.train / HOUR
-    else:
-        tokens, work = _analysis_tokens(phase.config)
-        hours = parameters * tokens / rates.analyze / HOUR
-    return Estimate(hours, hours * phase.needs.gpus, work)
+        return Estimate(hours, hours, work)
+    tokens, work = _analysis_tokens(phase.config)
+    hours = parameters * tokens / rates.analyze / HOUR
+    return Estimate(hours, hours * phase.needs.gpus, work)  # layers on several GPUs work one after the other
 
 
 def _analysis_tokens(config: AnalysisConfig) -> tuple[int, str]:
@@ -54,10 +55,11 @@ def _analysis_tokens(config: AnalysisConfig) -> tuple[int, str]:
     return tokens, f"{config.num_samples:,} rows of {config.max_len:,} tokens{runs}"
 
 
-def _training_tokens(config: TrainConfig) -> tuple[float, str]:
+def _training_tokens(config: TrainConfig, gpus: int) -> tuple[float, str]:
+    """Each GPU takes rows of its own, so a given number of steps has as many times the rows."""
     rows = config.num_train_samples * config.num_train_epochs
     if config.max_steps > 0:
-        rows = config.max_steps * config.batch_size * config.grad_accum
+        rows = config.max_steps * config.batch_size * config.grad_accum * gpus
     return rows * config.max_seq_len, f"{rows:,.0f} rows of {config.max_seq_len:,} tokens"
 
 
@@ -85,14 +87,24 @@ def _cell_seconds(parameters: float, rates: Throughput, suite: Suite) -> float:
     return rows * (parameters * context / rates.evaluate + size.steps * rates.step_seconds)
 
 
-def assumptions(rates: Throughput) -> list[str]:
+def assumptions(rates: Throughput, phases: Iterable[Phase]) -> list[str]:
     """What the figures stand on."""
-    return [
+    configs = [phase.config for phase in phases]
+    benchmarks = {
+        suite_name(suite): suite for config in configs if isinstance(config, EvalConfig) for suite in config.suites()
+    }
+    unknown = [name for name in benchmarks if name not in rates.workloads]
+    plain = Workload()
+    lines = [
         "seconds of one GPU = parameters × tokens / rate; loading, waiting in the queue and requeues are not counted",
         f"rates (parameters × tokens a second): train {rates.train:.2g}, analyze {rates.analyze:.2g}, "
         f"evaluate {rates.evaluate:.2g} (tokens: contexts × cells); decoding step {rates.step_seconds:g} s",
-        f"measured: {rates.measured or 'not said'}",
+        f"measured: {rates.measured or 'not said; the rates of one H100 and an 8B model are assumed'}",
     ]
+    if unknown:
+        size = f"{plain.rows:,} rows of {plain.context:,} tokens are assumed where nothing else is given"
+        lines.append(f"size not listed: {', '.join(unknown)}; {size}")
+    return lines
 
 
 def rounded(hours: float) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from sparsekv.errors import UserError
 
 TIMEOUT = 60  # seconds; with no controller up the commands would hang for minutes
+NEVER = "DependencyNeverSatisfied"  # the reason of a job that waits all the same, on some sites
 ENDED = (
     "COMPLETED",
     "COMPLETING",

@@ -16,7 +16,7 @@ from sparsekv.cluster.pipeline import Pipeline, load_pipeline
 from sparsekv.cluster.plan import Step, check_scripts, make_plan, predecessors
 from sparsekv.cluster.site import Site, load_site
 from sparsekv.errors import UserError, require
-from sparsekv.training.output import FINAL
+from sparsekv.training.record import FINAL
 
 
 def submit(config: SubmitConfig) -> int:
@@ -78,9 +78,15 @@ def _check_adapters(phases: dict[str, Phase], config: SubmitConfig) -> None:
 
 
 def _queued(names: Sequence[str], book: Book) -> dict[str, Entry]:
-    """Phase → the entry of a job that waits or runs now."""
+    """Phase → the entry of a job that waits or runs now; raises UserError when one waits for what has failed."""
     newest = [entry for entry in map(book.newest, names) if entry is not None]
-    alive = {job.number for job in slurm.queued(entry.number for entry in newest if entry.executor == SLURM)}
+    jobs = slurm.queued(entry.number for entry in newest if entry.executor == SLURM)
+    for job in jobs:
+        way_out = f"scancel {job.number}, then submit again"
+        require(
+            job.reason != slurm.NEVER, f"job {job.number} waits for a job that failed, and will never run; {way_out}"
+        )
+    alive = {job.number for job in jobs}
     return {
         entry.phase: entry for entry in newest if entry.running or (entry.executor == SLURM and entry.number in alive)
     }
@@ -111,10 +117,9 @@ def _show(steps: Sequence[Step], site: Site, pipeline: Pipeline, config: SubmitC
             print(f"  {step.shown(site, predecessors(step, by_name))}")
         else:
             print(f"  {shlex.join(['sparsekv', step.phase.command, *step.phase.arguments])}")
-    if any(step.due for step in steps):
-        total = sum(step.estimate.gpu_hours for step in steps if step.due)
-        print(f"in all about {rounded(total)} GPU-hours")
-        for line in assumptions(pipeline.rates()):
+    if due := [step for step in steps if step.due]:
+        print(f"in all about {rounded(sum(step.estimate.gpu_hours for step in due))} GPU-hours")
+        for line in assumptions(pipeline.rates(), [step.phase for step in due]):
             print(f"  {line}")
     else:
         print("nothing to submit")

@@ -194,20 +194,23 @@ def test_an_array_shares_a_matrix(project, chain):
 
 
 def test_one_training_on_two_nodes(project, training):
-    """A process a node: both save when Slurm asks for the nodes, and the job queues again."""
+    """A process a node: at the time limit both save, and the job queues again; cancelled, they save once more."""
     cluster, out = project.cluster, project.folder / "nodes"
-    arguments = ["configs/qwen3_8b.yaml", *training, "--max_steps", "1000", "--output_dir", "nodes"]
-    job = project.sbatch("slurm_phase2_train_multinode.sh", *arguments, **ONE)
-    wait_until(lambda: steps(out) > 3, "some steps")
-    cluster.call("scancel", "--batch", "--signal=USR1", job)
-    wait_until(lambda: cluster.show(job)["JobState"] == "PENDING", "the requeue")
-    cluster.call("scancel", job)
-    assert cluster.show(job)["Restarts"] == "1"
-    assert last_checkpoint(out) > 3
+    arguments = ["configs/qwen3_8b.yaml", *training, "--max_steps", "100000", "--output_dir", "nodes"]
+    limit = ("--time=00:01:00", "--signal=B:USR1@1")  # Slurm looks every half a minute: after 29 to 59 s
+    job = project.sbatch("slurm_phase2_train_multinode.sh", *arguments, options=limit, **ONE)
+    wait_until(lambda: cluster.show(job)["Restarts"] == "1", "the requeue")
+    limited = last_checkpoint(out)
+    assert limited > 3
+    cluster.start_again(job)
+    wait_until(lambda: steps(out) > limited + 3, "more steps")
+    cluster.call("scancel", job)  # its TERM reaches them twice: srun passes it on
+    cluster.wait_for_processes(job)
+    assert last_checkpoint(out) > limited
     log = project.log(job)
     assert "node 1 of 2: processes 0 to 0" in log
     assert "node 2 of 2: processes 1 to 1" in log
-    assert log.count("continues from the checkpoint just written") == 2
+    assert log.count("continues from the checkpoint just written") == 4
     assert "FAILED" not in log
 
 

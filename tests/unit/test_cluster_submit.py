@@ -140,7 +140,8 @@ def test_a_training_of_a_version_without_some_option_is_done(site, capsys):
     assert "--lambda_selection 1.0, now 0.0" in failure(capsys, "submit", "pipeline", "--model", "tiny", "--dry-run")
 
 
-def test_cells_of_another_adapter_or_question_are_not_done(site, capsys):
+def test_cells_of_another_adapter_or_question_are_refused(site, capsys):
+    """As the evaluation itself would, hours later."""
     for name in ("control", "train"):
         finish_training(name)
     finish_cells("base", "control")
@@ -148,13 +149,25 @@ def test_cells_of_another_adapter_or_question_are_not_done(site, capsys):
     finish_cells("trained")
     assert submit("tiny_trained", "--dry-run") == 0
     assert "phase 3 trained: done" in capsys.readouterr().out
-    Path("out/trained/final/adapter_config.json").write_text("[]")
-    submit("tiny_trained", "--dry-run")
-    assert "(2 of 4 cells done)" in capsys.readouterr().out
     matrix = yaml.safe_load(Path("configs/matrix.yaml").read_text())
     Path("configs/matrix.yaml").write_text(yaml.safe_dump(matrix | {"max_context_length": 99}))
-    submit("tiny_trained", "--dry-run")
-    assert "(0 of 4 cells done)" in capsys.readouterr().out
+    line = failure(capsys, "submit", "tiny", "--yes")
+    assert "results/tiny/matrix/base: was made with max_context_length None, now 99" in line
+    Path("configs/matrix.yaml").write_text(yaml.safe_dump(matrix))
+    Path("out/trained/final/adapter_config.json").write_text("[]")
+    line = failure(capsys, "submit", "pipeline", "--model", "tiny", "--yes")
+    assert "results/tiny/matrix/trained: was made with another adapter" in line
+    assert not site.calls("sbatch")
+
+
+def test_cells_of_other_benchmarks_presses_and_samples_are_left_alone(site, capsys):
+    finish_cells("base")
+    matrix = yaml.safe_load(Path("configs/matrix.yaml").read_text())
+    for change in ({"ratios": [0.3]}, {"num_samples": 3}, {"benchmarks": [{"name": "ruler", "data_dir": "8192"}]}):
+        Path("configs/matrix.yaml").write_text(yaml.safe_dump(matrix | change))
+        assert submit("tiny", "--dry-run") == 0
+        done = 1 if "ratios" in change else 0  # the full cache has none
+        assert f"({done} of 2 cells done)" in capsys.readouterr().out
 
 
 def test_a_queued_job_with_other_options_is_not_reused(site, capsys):
@@ -165,6 +178,16 @@ def test_a_queued_job_with_other_options_is_not_reused(site, capsys):
     line = failure(capsys, "submit", "pipeline", "--model", "tiny", "--yes")
     assert "job 104" in line
     assert "sparsekv cancel --model tiny" in line
+    assert len(site.calls("sbatch")) == 5
+
+
+def test_a_job_whose_dependency_failed(site, capsys):
+    """Nothing is added to a chain that will never run."""
+    submit("pipeline", "--model", "tiny", "--yes")
+    site.say("squeue", "105|105|PENDING|DependencyNeverSatisfied\n")
+    line = failure(capsys, "submit", "pipeline", "--model", "tiny", "--yes")
+    assert "job 105 waits for a job that failed" in line
+    assert "scancel 105" in line
     assert len(site.calls("sbatch")) == 5
 
 

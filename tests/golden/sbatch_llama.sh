@@ -1,0 +1,10 @@
+# scripts/slurm_phase0_analyze.sh
+analyze=$(env SPARSEKV_CONDA=sparsekv sbatch --parsable --kill-on-invalid-dep=yes --job-name=sparsekv-llama-analyze --output=results/llama/logs/analyze-%j.log --gres=gpu:2 --cpus-per-task=16 --mem=80G --time=12:00:00 scripts/slurm_phase0_analyze.sh --model meta-llama/Llama-3.1-8B-Instruct --output_dir results/llama/analysis --bf16 true --device auto --max_len 4096)
+# scripts/slurm_phase1_baseline.sh
+baseline=$(env SPARSEKV_CONDA=sparsekv sbatch --parsable --kill-on-invalid-dep=yes --job-name=sparsekv-llama-baseline --output=results/llama/logs/baseline-%A_%a.log --gres=gpu:1 --cpus-per-task=8 --mem=80G --time=24:00:00 --array=0-9%4 -d afterok:$analyze scripts/slurm_phase1_baseline.sh --config configs/matrix.yaml --only llama31-8b-base --out results/llama/matrix)
+# scripts/slurm_phase2_train_llama.sh
+control=$(env SPARSEKV_CONDA=sparsekv sbatch --parsable --kill-on-invalid-dep=yes --job-name=sparsekv-llama-control --output=results/llama/logs/control-%j.log --gres=gpu:1 --cpus-per-task=8 --mem=80G --time=24:00:00 -d afterok:$baseline scripts/slurm_phase2_train_llama.sh --config configs/llama31_8b.yaml --output_dir out/llama31-8b-control --control true)
+# scripts/slurm_phase2_train_llama.sh
+train=$(env SPARSEKV_CONDA=sparsekv sbatch --parsable --kill-on-invalid-dep=yes --job-name=sparsekv-llama-train --output=results/llama/logs/train-%j.log --gres=gpu:1 --cpus-per-task=8 --mem=80G --time=24:00:00 -d afterok:$baseline scripts/slurm_phase2_train_llama.sh --config configs/llama31_8b.yaml --output_dir out/llama31-8b)
+# scripts/slurm_phase3_eval_trained.sh
+trained=$(env SPARSEKV_CONDA=sparsekv sbatch --parsable --kill-on-invalid-dep=yes --job-name=sparsekv-llama-trained --output=results/llama/logs/trained-%A_%a.log --gres=gpu:1 --cpus-per-task=8 --mem=80G --time=24:00:00 --array=0-18%4 -d afterok:$control:$train scripts/slurm_phase3_eval_trained.sh --config configs/matrix.yaml --only llama31-8b-control,llama31-8b-trained --out results/llama/matrix)
