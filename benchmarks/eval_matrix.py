@@ -26,11 +26,11 @@ from transformers.utils.logging import disable_progress_bar
 from sparsekv.evaluation.benchmarks.registry import load_benchmark
 from sparsekv.evaluation.benchmarks.schema import Benchmark
 from sparsekv.evaluation.engine.engine import Engine
-from sparsekv.evaluation.engine.prompts import encode_prompt
 from sparsekv.evaluation.engine.work import FULL_CACHE, Answer, Cell, ContextWork, Question
 from sparsekv.files import fill_block
 from sparsekv.models import load_tokenizer
 from sparsekv.presses import make_press
+from sparsekv.prompts import encode_prompt
 from sparsekv.version import commit
 
 PRESSES = ("snapkv", "streaming_llm", "critical_snapkv", "knorm")

@@ -9,8 +9,8 @@ from tiny import make_tiny, make_tiny_tokenizer
 
 from sparsekv.evaluation.engine import padded_forward
 from sparsekv.evaluation.engine.engine import Engine
-from sparsekv.evaluation.engine.prompts import encode_prompt
 from sparsekv.evaluation.engine.work import FULL_CACHE, Cell, ContextWork, Question
+from sparsekv.prompts import encode_prompt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -9,10 +9,10 @@ from kvpress.utils import compute_n_kept
 from tiny import make_tiny, make_tiny_tokenizer
 
 from sparsekv.evaluation.engine.caches import CacheMaker
-from sparsekv.evaluation.engine.prompts import encode_prompt
 from sparsekv.evaluation.engine.work import Cell, ContextWork, Question
 from sparsekv.evaluation.matrix import view_maker
 from sparsekv.evaluation.matrix.views import KeptEntries
+from sparsekv.prompts import encode_prompt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -8,10 +8,10 @@ from kvpress import KVPressTextGenerationPipeline
 
 from sparsekv.evaluation.benchmarks.registry import load_benchmark
 from sparsekv.evaluation.engine.engine import Engine
-from sparsekv.evaluation.engine.prompts import encode_prompt
 from sparsekv.evaluation.engine.work import FULL_CACHE, Cell, ContextWork, Question
 from sparsekv.models import load_model, load_tokenizer
 from sparsekv.presses import make_press
+from sparsekv.prompts import encode_prompt
 
 PRESSES = (
     "snapkv",

@@ -9,7 +9,8 @@ import pytest
 
 from sparsekv.errors import UserError
 from sparsekv.evaluation.benchmarks.schema import Benchmark
-from sparsekv.evaluation.comparison.results import FINISHED, load_results
+from sparsekv.evaluation.comparison.cell_files import FINISHED
+from sparsekv.evaluation.comparison.results import load_results
 from sparsekv.evaluation.matrix import cells as cells_module
 from sparsekv.evaluation.matrix.cells import LOCKS, CellFolder, cell_name, check_names, differences
 from sparsekv.evaluation.matrix.journal import Journal

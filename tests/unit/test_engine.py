@@ -16,10 +16,10 @@ from sparsekv.evaluation.engine import caches as caches_module
 from sparsekv.evaluation.engine import engine as engine_module
 from sparsekv.evaluation.engine.engine import Engine
 from sparsekv.evaluation.engine.prefill import prefill_shared
-from sparsekv.evaluation.engine.prompts import encode_prompt
 from sparsekv.evaluation.engine.sampling import Sampling
 from sparsekv.evaluation.engine.work import FULL_CACHE, Answer, Cell, ContextWork, Failure, Question
 from sparsekv.presses import is_decoding, make_press, needs_eager
+from sparsekv.prompts import encode_prompt
 
 # kvpress itself fails on random weights for presses that mask by head (no hyperplane), and on any model for PyramidKV
 # and a question of several tokens: tests/integration/test_engine_kvpress.py has those on a real model

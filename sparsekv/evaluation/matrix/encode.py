@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sparsekv.errors import require
 from sparsekv.evaluation.benchmarks.schema import Benchmark
-from sparsekv.evaluation.engine.prompts import encode_prompt, open_turn
 from sparsekv.evaluation.engine.work import Cell, ContextWork, Question
 from sparsekv.evaluation.matrix.config import Suite
+from sparsekv.prompts import encode_prompt, open_turn
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Text → the two token sequences of a sample: the context that is evicted, and what follows the cut."""
+"""Text → tokens: the context that is evicted, what follows the cut, and further turns."""
 
 from collections.abc import Sequence
 
@@ -42,8 +42,8 @@ def encode_prompt(
     """
     opened, after = open_turn(tokenizer, context, chat_template, enable_thinking)
     return (
-        _encode(tokenizer, opened),
-        [_encode(tokenizer, question + after + answer_prefix) for question in questions],
+        encode(tokenizer, opened),
+        [encode(tokenizer, question + after + answer_prefix) for question in questions],
     )
 
 
@@ -54,18 +54,35 @@ def open_turn(
     if tokenizer.chat_template is None or not chat_template:
         return (tokenizer.bos_token or "") + context, "\n"
     mark = "#" * (len(context) + 10)  # longer than any run of it in the context
-    turn = [{"role": "user", "content": context + mark}]
-    try:
-        text = tokenizer.apply_chat_template(
-            turn, add_generation_prompt=True, tokenize=False, enable_thinking=enable_thinking
-        )
-    except TemplateError as error:
-        message = " ".join(str(error).split())
-        raise UserError(f"--chat_template true: this model's template fails ({message}); pass false") from error
-    parts = str(text).split(mark)
+    parts = _rendered(tokenizer, [("user", context + mark)], enable_thinking).split(mark)
     require(len(parts) == 2, "--chat_template true: this model's template does not hold a user's text once; pass false")
     return parts[0], parts[1]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+def next_turn(tokenizer: PreTrainedTokenizerBase, chat_template: bool, enable_thinking: bool) -> str:
+    """The text between the end of an answer and the user's next text."""
+    if tokenizer.chat_template is None or not chat_template:
+        return "\n"
+    mark = "#" * 10
+    turns = [(role, mark) for role in ("user", "assistant", "user")]
+    parts = _rendered(tokenizer, turns, enable_thinking).split(mark)
+    require(len(parts) == 4, "--chat_template true: this model's template does not hold every turn once; pass false")
+    return parts[2]
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], enable_thinking: bool) -> str:
+    """The template's text of turns, each (role, content), up to where the next answer begins."""
+    messages = [{"role": role, "content": content} for role, content in turns]
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, enable_thinking=enable_thinking
+        )
+    except TemplateError as error:
+        message = " ".join(str(error).split())
+        raise UserError(f"--chat_template true: this model's template fails ({message}); pass false") from error
+    return str(text)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Long[1, L]: the tokens of a text, and none besides."""
     return tokenizer.encode(text, return_tensors="pt", add_special_tokens=False)
