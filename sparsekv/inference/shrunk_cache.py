@@ -143,14 +143,17 @@ class ShrunkCache(Cache):
             return
         reason = f"entries are gone that the text had then; the shortest is {self.floor} tokens"
         require(length >= self.floor, f"crop to {length} tokens: {reason}")
-        count = self.seen - length
+        self.drop_last(self.seen - length)
+        self.seen, self.plan = length, None
+
+    def drop_last(self, count: int) -> None:
+        """Remove the last `count` entries."""
         self.rows = self.rows_at(count)
         self.slots = tuple(slot[..., :-count] for slot in self.slots)
         layer: Any
         for layer in self.layers:
             # A copy: a view would hold the memory of what was removed.
             layer.keys, layer.values = layer.keys[:, :, :-count].clone(), layer.values[:, :, :-count].clone()
-        self.seen, self.plan = length, None
 
     def rows_at(self, count: int) -> tuple[Tensor, ...]:
         """What `rows` were before the last `count` entries came."""

@@ -1,0 +1,44 @@
+"""The kernel against the reference: on a GPU, or on a CPU by Triton's interpreter, in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+runs = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or the interpreter")
+
+
+def test_by_the_interpreter():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "not interpreter"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted" in done.stdout:
+        pytest.skip("the interpreter of this Triton does not work with this numpy")
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
+
+
+@runs
+@pytest.mark.parametrize("dim", [16, 80, 128])
+@pytest.mark.parametrize(("heads", "shared"), [(4, 4), (8, 2), (20, 1)])
+@pytest.mark.parametrize("counts", [[1, 1], [300, 7], [64, 301]])
+def test_the_kernel_is_the_reference(dim, heads, shared, counts):
+    from sparsekv.inference.flash_decoding import flash_decoding
+    from sparsekv.inference.static_attention import attend_masked
+
+    torch.manual_seed(0)
+    size, count = 301, torch.tensor(counts, device=DEVICE)
+    query = 3 * torch.randn(2, 1, heads, dim, device=DEVICE).transpose(1, 2)
+    keys, values = torch.randn(2, 2, shared, size, dim, device=DEVICE)
+    mask = (torch.arange(size, device=DEVICE) < count[:, None])[:, None, None]
+    wanted = attend_masked(query.double(), keys.double(), values.double(), mask, 0.3)
+    unread = ~mask.transpose(2, 3)  # slots that are not filled are not read
+    found = flash_decoding(
+        query, keys.masked_fill(unread, torch.nan), values.masked_fill(unread, torch.nan), count, 0.3
+    )
+    assert (found - wanted).abs().max() < 5e-5
