@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -57,8 +58,14 @@ def add_cluster_arguments(command: ArgumentParser, name: str) -> None:
         command.add_argument("--executor", default="slurm", help="slurm, or local: this machine, one process a GPU.")
         command.add_argument("--batch", type=int, help="Jobs of a matrix at a time; default: of the experiment file.")
         command.add_argument("--gpus", type=int, help="GPUs of a job of a matrix; default: of the experiment file.")
-        command.add_argument("--dry_run", "--dry-run", action="store_true", help="Only show jobs and their cost.")
+        command.add_argument("--dry_run", action="store_true", help="Only show jobs and their cost.")
         command.add_argument("--yes", action="store_true", help="Submit without a question.")
+
+
+def with_underscores(arguments: Sequence[str]) -> list[str]:
+    """`--prompt-file` → `--prompt_file`: both spellings of every option."""
+    halves = [argument.partition("=") if argument.startswith("--") else ("", "", argument) for argument in arguments]
+    return [flag[:2] + flag[2:].replace("-", "_") + equals + value for flag, equals, value in halves]
 
 
 def spell_out_switches(arguments: Sequence[str]) -> list[str]:
@@ -122,7 +129,7 @@ def check_anchors(file: str) -> None:
 def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The command and the values of its options."""
     parser = make_parser(arguments[:1])
-    words = files_first(spell_out_switches(arguments))
+    words = files_first(spell_out_switches(with_underscores(arguments)))
     for flag, value in itertools.pairwise(words):
         if flag == "--anchors" and not value.startswith(("{", "--")):
             check_anchors(value)
@@ -148,27 +155,28 @@ def one_line(error: Exception) -> str:
 
 def quieten() -> None:
     """Of what other packages say, keep what matters to a user."""
-    from transformers.utils.logging import disable_progress_bar  # takes seconds, which --help need not wait for
-
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sparsekv").setLevel(logging.INFO)
     logging.getLogger("kvpress").setLevel(logging.ERROR)  # some presses advise whenever one is made
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # of loading weights: hundreds of lines in a log file
+    if not sys.stderr.isatty():  # of loading weights: hundreds of lines in a log file
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when transformers is imported
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `sparsekv` command."""
     try:
-        command, values = parse(sys.argv[1:] if arguments is None else arguments)
         quieten()
+        command, values = parse(sys.argv[1:] if arguments is None else arguments)
         status = COMMANDS[command].run(values)
     except (UserError, ArgumentError) as error:
         print(f"sparsekv: {one_line(error)}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read the output has left; at exit Python would flush into nothing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
     sys.exit(status)
 
 

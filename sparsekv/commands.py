@@ -83,6 +83,30 @@ def merge(values: Values) -> int:
     return 0
 
 
+def generate(values: Values) -> int:
+    from sparsekv.inference.config import GenerateConfig
+    from sparsekv.inference.generate import generate
+
+    generate(GenerateConfig(**values))
+    return 0
+
+
+def chat(values: Values) -> int:
+    from sparsekv.inference.chat import chat
+    from sparsekv.inference.config import ChatConfig
+
+    chat(ChatConfig(**values))
+    return 0
+
+
+def export(values: Values) -> int:
+    from sparsekv.inference.config import ExportConfig
+    from sparsekv.inference.export import export
+
+    print(export(ExportConfig(**values)))
+    return 0
+
+
 def demo(values: Values) -> int:
     from sparsekv.demo import DemoConfig, demo
 
@@ -152,6 +176,17 @@ COMMANDS = {
     "compare": Command("Results of base, control and trained side by side: what training changed.", compare),
     "report": Command("A page of pictures and tables of what was found: one HTML file.", report),
     "merge": Command("Merge an adapter into its base model.", merge, "sparsekv.commands:MergeConfig"),
+    "generate": Command(
+        "Continue a text, or answer a question about it, with a cache that keeps little.",
+        generate,
+        "sparsekv.inference.config:GenerateConfig",
+    ),
+    "chat": Command("Talk to a model whose cache keeps little.", chat, "sparsekv.inference.config:ChatConfig"),
+    "export": Command(
+        "A folder with the model and its cache, for transformers without this package.",
+        export,
+        "sparsekv.inference.config:ExportConfig",
+    ),
     "submit": Command("Phases of the experiment as Slurm jobs, or on this machine; what is done is left out.", submit),
     "status": Command("How far each phase is, and why not further.", status),
     "cancel": Command("Cancel what waits or runs; a later submit continues it.", cancel),

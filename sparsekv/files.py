@@ -66,6 +66,35 @@ def fill_block(path: Path, name: str, text: str) -> None:
     write_text(path, filled)
 
 
+@contextlib.contextmanager
+def new_folder(folder: Path, flag: str = "--output_dir") -> Iterator[Path]:
+    """Inside, a folder to write to; it becomes `folder` at the end, whole, or nothing is left of it.
+
+    Raises
+    ------
+    UserError
+        Names the flag: `folder` holds something, or cannot be written.
+    """
+    check_new(folder, flag)
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    try:
+        with writing(folder, flag):
+            partial.mkdir(parents=True)
+            yield partial
+            for file in filter(Path.is_file, partial.rglob("*")):
+                readable(file)  # some writers of weights make theirs private
+            os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new(folder: Path, flag: str = "--output_dir") -> None:
+    """Raise UserError, naming the flag, when there is more than an empty folder already."""
+    free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    require(free, f"{flag} {folder}: exists already; name a new folder")
+    check_writable(folder, flag)
+
+
 def check_writable(folder: Path, flag: str) -> None:
     """Raise UserError, naming the flag, when a folder (there or not yet) could not be written to. Writes nothing."""
     existing = folder

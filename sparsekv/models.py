@@ -3,8 +3,6 @@
 Whatever cannot be loaded ends in one line that names the flag; weights are read from safetensors only.
 """
 
-import os
-import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparsekv.demo_model import DEMO_MODEL, demo_model_folder
 from sparsekv.errors import UserError
+from sparsekv.files import check_new, new_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's ways to spread a model
@@ -200,21 +199,12 @@ def merge_adapter(model_name: str, adapter: str | Path, output_dir: str | Path) 
     UserError
         The adapter does not fit, or `output_dir` holds something or cannot be written.
     """
-    output = Path(output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output_dir {output}: exists already; name a new folder")
+    check_new(Path(output_dir))
     merged = load_adapter(load_model(model_name), adapter).merge_and_unload()
     tokenizer = load_tokenizer(model_name)
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        merged.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        os.replace(partial, output)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--output_dir {output}: cannot write the merged model: {_gist(error)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(Path(output_dir)) as folder:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _load(auto_class: Any, name: str, source: str, **options: Any) -> Any:

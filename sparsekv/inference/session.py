@@ -1,0 +1,168 @@
+"""A model, a cache and the text in it: what `generate` and `chat` do."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from sparsekv.errors import UserError, require
+from sparsekv.inference.anchor_cache import AnchorCache
+from sparsekv.inference.config import ChatConfig
+from sparsekv.inference.press_cache import PressCache
+from sparsekv.inference.reading import CHUNK, read
+from sparsekv.models import check_device, load_adapter, load_model, load_tokenizer
+from sparsekv.presses import make_press, needs_eager, needs_question, why_not
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a cache holds of a text.
+
+    Attributes
+    ----------
+    tokens : int
+        Of the text that it has read.
+    kept : float
+        Of them, kept by a head, on average over layers and heads.
+    full_bytes, nbytes : int
+        Of the keys and values of the whole text, and of the tensors that there are.
+    """
+
+    tokens: int
+    kept: float
+    full_bytes: int
+    nbytes: int
+
+    @classmethod
+    def by(cls, cache: Cache) -> Held:
+        """What a cache of one row holds now."""
+        layers: list[Any] = [layer for layer in cache.layers if layer.is_initialized]
+        tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        tokens = cache.get_seq_length()
+        if isinstance(cache, PressCache):
+            kept = [float(real.sum(-1).float().mean()) for real in cache.slots]
+        else:
+            kept = [layer.keys.shape[2] for layer in layers]
+        full = sum(tokens * tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
+        nbytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return cls(tokens, sum(kept) / len(kept), full, nbytes)
+
+    def __str__(self) -> str:
+        share = f"{self.kept:,.0f} of {self.tokens:,} tokens kept ({self.kept / self.tokens:.1%})"
+        return f"{share}, {self.full_bytes / 2**20:,.1f} MiB → {self.nbytes / 2**20:,.1f} MiB of keys and values"
+
+
+class TimedStreamer(TextStreamer):
+    """Writes text to the standard output as it comes, and remembers when each token came."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """The prompt at first, then a token a step."""
+        self.times.append(time.perf_counter())
+        super().put(value)
+
+    @property
+    def speed(self) -> str:
+        """`57 tokens, 18.9 tokens/s`: from the first token to the last."""
+        count, seconds = len(self.times) - 1, self.times[-1] - self.times[1]
+        rate = f", {(count - 1) / seconds:.1f} tokens/s" if count > 1 else ""
+        return f"{count:,} tokens{rate}"
+
+
+class Session:
+    """One text that grows, of what is read and what the model writes, and its cache.
+
+    Parameters
+    ----------
+    config : ChatConfig
+
+    Raises
+    ------
+    UserError
+        Names the flag: what cannot be loaded, or served. Later: text beyond the model's positions.
+    """
+
+    def __init__(self, config: ChatConfig) -> None:
+        check_device(config.device, "--device")
+        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.config, self.tokenizer = config, load_tokenizer(config.model, config.trust_remote_code)
+        press = _press(config, self.tokenizer)
+        model: Any = load_model(config.model, config.dtype, device, config.trust_remote_code)
+        if config.adapter is not None:
+            model = load_adapter(model, config.adapter).merge_and_unload()
+        if press is not None:
+            reason = why_not(config.keep, model)
+            require(reason is None, f"--keep {reason}")
+            if needs_eager(press):
+                model.set_attn_implementation("eager")
+        self.model: PreTrainedModel = model
+        self.cache: Cache = DynamicCache(config=model.config)
+        if config.keep == "anchors":
+            mode: Literal["prefill", "streaming"] = "streaming" if config.streams else "prefill"
+            self.cache = AnchorCache(model, self.tokenizer, config.anchors, mode=mode, budget=config.budget)
+        self.press, self.ids = press, torch.zeros(1, 0, dtype=torch.long, device=model.device)
+        ends = model.generation_config.eos_token_id
+        self.ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        model.generation_config = _how_to_write(config, sorted(self.ends))  # and nothing of what the model brings
+        torch.manual_seed(config.seed)
+
+    def require_room(self, more: int, what: str) -> None:
+        """Raise UserError unless so many more tokens, and an answer to them, fit into the model's positions."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        tokens, new = self.ids.shape[1] + more, self.config.max_new_tokens
+        fits = limit is None or tokens + new <= limit
+        require(fits, f"{what}: {tokens} tokens and --max_new_tokens {new} are more than the model's {limit} positions")
+
+    def read(self, ids: Tensor) -> None:
+        """Read Long[1, L]; the first text that is read is the context, which is evicted."""
+        self.ids = torch.cat([self.ids, ids.to(self.ids.device)], dim=1)
+        if self.press is not None and self.cache.get_seq_length() == 0:
+            self.cache = PressCache.prefill(self.model, self.ids, self.press)
+        read(self.model, self.cache, self.ids, chunk=CHUNK if self.config.streams else None)
+
+    def answer(self, ids: Tensor) -> TimedStreamer:
+        """Read Long[1, L], at least one token, and write what the model says to it."""
+        self.read(ids[:, :-1])
+        self.ids = torch.cat([self.ids, ids[:, -1:].to(self.ids.device)], dim=1)
+        streamer = TimedStreamer(self.tokenizer)
+        model: Any = self.model
+        mask = torch.ones_like(self.ids)
+        self.ids = model.generate(self.ids, attention_mask=mask, past_key_values=self.cache, streamer=streamer)
+        if int(self.ids[0, -1]) in self.ends:  # what follows an answer in the template says it
+            self.ids = self.ids[:, :-1]
+        return streamer
+
+
+def _how_to_write(config: ChatConfig, ends: list[int]) -> GenerationConfig:
+    """Greedy, or drawn as the options say; `ends` are the tokens that end an answer."""
+    drawn = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.temperature else {}
+    return GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        do_sample=bool(drawn),
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+        **drawn,
+    )
+
+
+def _press(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The press of --keep, or None."""
+    if config.keep in ("anchors", "full"):
+        return None
+    assert config.ratio is not None
+    try:
+        press = make_press(config.keep, config.ratio, tokenizer)
+    except UserError as error:
+        message = str(error).replace("--presses", "--keep").replace("--ratios", "--ratio")
+        raise UserError(message) from error
+    require(press is not None, f"--keep {config.keep}: for the full cache say --keep full")
+    require(not needs_question(press), f"--keep {config.keep}: it reads the question too; take another press")
+    return press
