@@ -3,6 +3,7 @@
 import contextlib
 import json
 import platform
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,11 @@ from sparsekv.errors import UserError
 from sparsekv.files import check_writable, write_json, writing
 
 SLURM, LOCAL = "slurm", "local"
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOPPED = {
+    *(128 + number for number in SIGNALS),
+    *(-number for number in SIGNALS),
+}  # it saved; it was not listening yet
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,16 @@ class Entry:
     submitted: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
 
     @property
+    def title(self) -> str:
+        """`job 12`, `process 345`."""
+        return f"{'job' if self.executor == SLURM else 'process'} {self.number}"
+
+    @property
+    def stopped(self) -> bool:
+        """Whether somebody stopped the process."""
+        return self.status in STOPPED
+
+    @property
     def running(self) -> bool:
         """Whether a local process is still there; always false for a job of Slurm, which squeue knows about."""
         if self.executor != LOCAL or self.host != platform.node():
@@ -84,10 +100,6 @@ class Book:
             return []
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{self.file}: corrupt; cancel its jobs with scancel, then delete it") from error
-
-    def newest(self, phase: str) -> Entry | None:
-        """The last entry of a phase."""
-        return next((entry for entry in reversed(self.entries()) if entry.phase == phase), None)
 
     def add(self, *entries: Entry) -> None:
         """Write entries down; one with a number that is there replaces that."""

@@ -1,6 +1,7 @@
 """The chain on this machine: one process a GPU, the rest in a queue; artefacts, logs and status as with Slurm."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -37,8 +38,8 @@ class Task:
 def run(steps: Sequence[Step], book: Book) -> int:
     """Do what is due, in the order of its dependencies; returns the exit status.
 
-    A first SIGINT or SIGTERM lets the processes started here save and end; the same call continues. No other process
-    is touched.
+    A first SIGINT or SIGTERM, or `sparsekv cancel`, lets the processes started here save and end; the same call
+    continues. No other process is touched.
     """
     return Queue(steps, book, _gpus()).run()
 
@@ -61,6 +62,7 @@ class Queue:
         self.places = deque(gpus or [""])
         self.open = {step.name for step in steps if step.due}
         self.failed: dict[str, str] = {}
+        self.cancelled = False
         self.waiting = [task for step in steps if step.due for task in self._tasks(step)]
         self.running: list[Task] = []
 
@@ -76,16 +78,16 @@ class Queue:
         """Start, wait, until nothing is left or a signal comes."""
         with StopSignal() as stop:
             try:
-                while (self.waiting or self.running) and stop.number is None:
+                while (self.waiting or self.running) and stop.number is None and not self.cancelled:
                     self._start_what_can()
                     self._look()
                     time.sleep(POLL)
                 self._stop()
             finally:
                 self._kill()
-        if stop.number is not None:
+        if stop.number is not None or self.cancelled:
             print("stopped; the same command continues", file=sys.stderr)
-            return 128 + stop.number
+            return 128 + (stop.number or signal.SIGTERM)
         for name, reason in self.failed.items():
             print(f"{self.by_name[name].phase.label}: {reason}", file=sys.stderr)
         return 1 if self.failed else 0
@@ -131,9 +133,12 @@ class Queue:
                 continue
             self.running.remove(task)
             self.places.extend(task.gpus)
-            self.book.add(replace(task.entry, status=status))
+            task.entry = replace(task.entry, status=status)
+            self.book.add(task.entry)
             name = task.step.name
-            if status:
+            if task.entry.stopped:
+                self.cancelled = True
+            elif status:
                 said = "".join(f"\n    {line}" for line in last_lines(task.entry.log))
                 self.failed.setdefault(name, f"failed with status {status}; the end of {task.entry.log}:{said}")
             elif name not in self.failed and not any(other.step.name == name for other in self._left()):

@@ -1,20 +1,25 @@
 """Slurm's commands: each with a timeout, its error shown as it is, its output in columns that do not change."""
 
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sparsekv.errors import UserError
+from sparsekv.errors import UserError, require
 
 TIMEOUT = 60  # seconds; with no controller up the commands would hang for minutes
+FILTERS = ("SQUEUE_", "SACCT_")  # a user's variables that would hide jobs
+BY_USER = "by user "
 NEVER = "DependencyNeverSatisfied"  # the reason of a job that waits all the same, on some sites
 ENDED = (
     "COMPLETED",
     "COMPLETING",
     "CANCELLED",
     "FAILED",
+    "PREEMPTED",
     "TIMEOUT",
     "NODE_FAIL",
     "OUT_OF_MEMORY",
@@ -44,32 +49,36 @@ class Job:
     state: str
     reason: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.task} {self.state}" + (f" ({self.reason})" if self.reason else "")
+
     @property
     def failed(self) -> bool:
         """Whether it ended, and not well."""
         return self.state in ENDED and not self.state.startswith("COMPLET")
 
 
-def available() -> bool:
-    """Whether this machine has Slurm's commands."""
-    return shutil.which("sbatch") is not None
+def check_available() -> None:
+    """Raise UserError where this machine does not have Slurm's commands."""
+    there = shutil.which("sbatch") is not None
+    require(there, "sbatch: not found here; run this on a login node of the cluster, or give --executor local")
 
 
 def call(words: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
-    """What a command prints; no shell takes part, so no word can run anything.
+    """What a command prints; no shell takes part, so no word can run anything, and no Ctrl-C reaches it.
 
     Raises
     ------
     UserError
         There is no such command, it does not answer in time, or it fails: with its own words.
     """
+    names = os.environ if environment is None else environment
+    names = {name: value for name, value in names.items() if not name.startswith(FILTERS)}
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     try:
-        done = subprocess.run(
-            [*words], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT
-        )
+        done = subprocess.run([*words], env=names, timeout=TIMEOUT, start_new_session=True, **pipes)
     except FileNotFoundError as error:
-        local = "run this on a login node of the cluster, or give --executor local"
-        raise UserError(f"{words[0]}: not found here; {local}") from error
+        raise UserError(f"{words[0]}: not found here; run this on a login node of the cluster") from error
     except subprocess.TimeoutExpired as error:
         raise UserError(f"{words[0]}: no answer in {TIMEOUT} s; is Slurm's controller up?") from error
     except (OSError, ValueError) as error:  # not executable, or a word with a NUL
@@ -100,28 +109,44 @@ def queued(numbers: Iterable[str]) -> list[Job]:
 
 
 def history(number: str) -> list[Job]:
-    """How a job that no longer waits or runs ended, as far as this site remembers: by sacct, else by scontrol."""
+    """How a job that no longer waits or runs ended, as far as this site remembers.
+
+    sacct knows all tasks and who cancelled, where there is accounting. scontrol knows why, for some minutes.
+    """
+    accounted = ["sacct", "-n", "-P", "-X", "-j", number, "--format=JobID,State,ExitCode"]
+    jobs = [_accounted(number, *parts) for line in _lines(accounted) if len(parts := line.split("|")) == 3]
+    shown = [_shown(number, line) for line in _lines(["scontrol", "-o", "show", "job", number]) if "JobState=" in line]
+    by_user = [job for job in jobs if job.reason.startswith(BY_USER)]
+    found = {job.task: job for job in (*jobs, *shown, *by_user)}
+    return sorted(found.values(), key=lambda job: (len(job.task), job.task))
+
+
+def _lines(words: Sequence[str]) -> list[str]:
+    """What a command prints; nothing where the site does not have it, or the job is forgotten."""
     try:
-        lines = call(["sacct", "-n", "-P", "-X", "-j", number, "--format=JobID,State,ExitCode"]).splitlines()
-        found = [line.split("|") for line in lines if line.count("|") == 2]
-        if found:
-            return [Job(number, task, state.split()[0], f"exit code {code}") for task, state, code in found]
-    except (UserError, IndexError):  # no accounting here
-        pass
-    try:
-        lines = call(["scontrol", "-o", "show", "job", number]).splitlines()
-    except UserError:  # forgotten
+        return call(words).splitlines()
+    except UserError:
         return []
-    return [_shown(number, line) for line in lines if "JobState=" in line]
+
+
+def _accounted(number: str, task: str, state: str, code: str) -> Job:
+    """A line of sacct: the state may be `CANCELLED by 1000`."""
+    word, _, user = state.partition(" by ")
+    return Job(number, task, word, f"{BY_USER}{user}" if user else _status(code))
 
 
 def _shown(number: str, line: str) -> Job:
     """A line of `scontrol -o show job`."""
     fields = dict(re.findall(r"(?:^| )(JobState|Reason|ExitCode|ArrayTaskId)=(\S*)", line))
-    task = f"{number}_{fields['ArrayTaskId']}" if "ArrayTaskId" in fields else number
+    which = fields.get("ArrayTaskId", "")
+    task = number if not which else f"{number}_{which}" if which.isdecimal() else f"{number}_[{which}]"
     reason = fields.get("Reason", "None")
-    said = reason if reason != "None" else f"exit code {fields.get('ExitCode', '?')}"
-    return Job(number, task, fields["JobState"], said)
+    return Job(number, task, fields["JobState"], reason if reason != "None" else _status(fields.get("ExitCode", "0:0")))
+
+
+def _status(code: str) -> str:
+    """Of Slurm's STATUS:SIGNAL, which says nothing where it is 0:0."""
+    return f"exit code {code}" if code != "0:0" else ""
 
 
 def cancel(numbers: Sequence[str]) -> None:

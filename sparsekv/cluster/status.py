@@ -1,10 +1,11 @@
 """`sparsekv status` and `sparsekv cancel`: artefacts first, then what Slurm says of the jobs that were submitted."""
 
 import glob
+import itertools
 import os
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class Progress:
     Attributes
     ----------
     word : str
-        running, pending, failed, or "" where nothing is known to be under way.
+        running, pending, failed, unknown without an answer from Slurm, or "" where nothing was submitted.
     note : str
     logs : tuple of str
         That say more.
@@ -43,8 +44,12 @@ def status(config: StatusConfig) -> None:
     """Print every phase of the models asked for."""
     pipeline = load_pipeline(Path(config.pipeline))
     keys = _keys(pipeline, config)
+    entries = {key: Book(Path(pipeline.model(key).results)).entries() for key in keys}
+    jobs = _ask(itertools.chain(*entries.values()))
     for key in keys:
-        _show_model(pipeline, key)
+        print(f"{key}: {pipeline.model(key).model}")
+        for phase in make_phases(pipeline, key).values():
+            _show_phase(phase, [entry for entry in entries[key] if entry.phase == phase.name], jobs)
     if not keys:
         first = next(iter(pipeline.models))
         print(f"nothing was submitted yet; sparsekv submit pipeline --model {first} --dry-run shows what would be")
@@ -58,35 +63,31 @@ def _keys(pipeline: Pipeline, config: StatusConfig) -> list[str]:
     return [key for key in pipeline.models if Path(pipeline.model(key).results).is_dir()]
 
 
-def _show_model(pipeline: Pipeline, key: str) -> None:
-    model = pipeline.model(key)
-    print(f"{key}: {model.model}")
-    book = Book(Path(model.results))
-    entries = book.entries()
+def _ask(entries: Iterable[Entry]) -> list[slurm.Job] | None:
+    """What squeue says of the jobs; None where it gives no answer."""
     try:
-        jobs = slurm.queued(entry.number for entry in entries if entry.executor == SLURM)
-        known = True
+        return slurm.queued(entry.number for entry in entries if entry.executor == SLURM)
     except UserError as error:
-        jobs, known = [], False
-        print(f"  what waits or runs is not known: {error}")
-    for phase in make_phases(pipeline, key).values():
-        try:
-            found = state(phase)
-        except UserError as error:
-            print(f"  {phase.label}: refused: {error}")
-            continue
-        mine = [entry for entry in entries if entry.phase == phase.name]
-        progress = Progress() if found.done else _progress(mine, jobs, known)
-        _show_phase(phase, found, progress)
+        print(f"what waits or runs is not known: {error}")
+        return None
 
 
-def _progress(entries: Sequence[Entry], jobs: Sequence[slurm.Job], known: bool) -> Progress:
+def _show_phase(phase: Phase, entries: Sequence[Entry], jobs: Sequence[slurm.Job] | None) -> None:
+    try:
+        found = state(phase)
+    except UserError as error:
+        print(f"  {phase.label}: refused: {error}")
+    else:
+        _show(phase, found, Progress() if found.done or not entries else _progress(entries, jobs))
+
+
+def _progress(entries: Sequence[Entry], jobs: Sequence[slurm.Job] | None) -> Progress:
     """Of the newest job of a phase, or of the newest local processes."""
-    if not entries:
-        return Progress()
     newest = entries[-1]
     if newest.executor == LOCAL:
         return _local_progress(entries)
+    if jobs is None:
+        return Progress("unknown", newest.title)
     mine = [job for job in jobs if job.number == newest.number]
     if mine:
         counts = Counter(job.state for job in mine)
@@ -94,16 +95,14 @@ def _progress(entries: Sequence[Entry], jobs: Sequence[slurm.Job], known: bool) 
         word = "running" if "RUNNING" in counts or "COMPLETING" in counts else "pending"
         note = ", ".join(f"{count} {name}" for name, count in counts.items())
         return Progress(
-            word, f"job {newest.number}: {note}" + (f" ({'; '.join(reasons)})" if reasons else ""), _logs(newest)
+            word, f"{newest.title}: {note}" + (f" ({'; '.join(reasons)})" if reasons else ""), _logs(newest)
         )
-    if not known:
-        return Progress("", f"job {newest.number}")
     ended = slurm.history(newest.number)
     bad = [job for job in ended if job.failed]
     if not bad and any(job.state.startswith("COMPLET") for job in ended):
-        return Progress("failed", f"job {newest.number} ended and left its work undone", _logs(newest))
-    said = "; ".join(f"{job.task} {job.state} ({job.reason})" for job in bad[:3]) or "ended; Slurm forgot how"
-    return Progress("failed", f"job {newest.number}: {said}", _logs(newest, [job.task for job in bad]))
+        return Progress("failed", f"{newest.title} ended and left its work undone", _logs(newest))
+    said = "; ".join(map(str, bad[:3])) or "ended; Slurm forgot how"
+    return Progress("failed", f"{newest.title}: {said}", _logs(newest, [job.task for job in bad]))
 
 
 def _local_progress(entries: Sequence[Entry]) -> Progress:
@@ -113,10 +112,9 @@ def _local_progress(entries: Sequence[Entry]) -> Progress:
         numbers = ", ".join(entry.number for entry in running)
         return Progress("running", f"process {numbers}", tuple(entry.log for entry in running))
     if newest.status is None:
-        return Progress("failed", f"process {newest.number} on {newest.host} ended without a word", (newest.log,))
-    stopped = newest.status in (128 + signal.SIGTERM, 128 + signal.SIGINT)
-    what = "was stopped" if stopped else f"ended with status {newest.status}"
-    return Progress("pending" if stopped else "failed", f"process {newest.number} {what}", (newest.log,))
+        return Progress("failed", f"{newest.title} on {newest.host} ended without a word", (newest.log,))
+    what = "was stopped" if newest.stopped else f"ended with status {newest.status}"
+    return Progress("pending" if newest.stopped else "failed", f"{newest.title} {what}", (newest.log,))
 
 
 def _logs(entry: Entry, tasks: Sequence[str] = ()) -> tuple[str, ...]:
@@ -126,7 +124,7 @@ def _logs(entry: Entry, tasks: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(sorted(named or found, key=lambda log: os.path.getmtime(log) if os.path.exists(log) else 0))
 
 
-def _show_phase(phase: Phase, found: State, progress: Progress) -> None:
+def _show(phase: Phase, found: State, progress: Progress) -> None:
     word = "done" if found.done else progress.word or "not submitted"
     note = "; ".join(part for part in (found.note, progress.note) if part)
     print(f"  {phase.label}: {word} ({note})")
@@ -167,10 +165,10 @@ def cancel(config: StatusConfig) -> None:
         slurm.cancel(sorted(alive, key=int))
         for entry in entries:
             if entry.executor == SLURM and entry.number in alive:
-                print(f"{key}, {entry.phase}: job {entry.number} cancelled")
+                print(f"{key}, {entry.phase}: {entry.title} cancelled")
             elif entry.running:
                 os.kill(int(entry.number), signal.SIGTERM)
-                print(f"{key}, {entry.phase}: process {entry.number} stopped")
+                print(f"{key}, {entry.phase}: {entry.title} stopped")
             else:
                 continue
             found = True

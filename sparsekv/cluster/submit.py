@@ -16,6 +16,7 @@ from sparsekv.cluster.pipeline import Pipeline, load_pipeline
 from sparsekv.cluster.plan import Step, check_scripts, make_plan, predecessors
 from sparsekv.cluster.site import Site, load_site
 from sparsekv.errors import UserError, require
+from sparsekv.signals import StopSignal
 from sparsekv.training.record import FINAL
 
 
@@ -37,23 +38,22 @@ def submit(config: SubmitConfig) -> int:
     site = load_site(Path(config.cluster)) if config.executor == SLURM else Site()
     batch = config.batch or pipeline.batch
     most = None if config.target == "pipeline" else batch
-    queued = _queued(names, book)  # before the artefacts: what ends meanwhile is found done
+    queued, ending = _queued(names, book)  # before the artefacts: what ends meanwhile is found done
     steps = make_plan(pipeline, phases, names, book, batch, config.gpus, most)
     steps = [replace(step, queued=queued.get(step.name)) for step in steps]
-    _check_queued(steps)
+    _check_queued(steps, ending, config)
     if config.executor == SLURM:
         check_scripts(steps)
     _show(steps, site, pipeline, config)
     due = [step for step in steps if step.due]
     if not due or config.dry_run:
         return 0
+    if config.executor == SLURM:
+        slurm.check_available()
     _confirm(due, config)
     with book.held():
-        require(_queued(names, book) == queued, f"{book.file}: has just changed; try again")
-        if config.executor == SLURM:
-            _submit_chain(steps, site, book)
-            return 0
-        return local.run(steps, book)
+        require(_queued(names, book) == (queued, ending), f"{book.file}: has just changed; try again")
+        return _submit_chain(steps, site, book) if config.executor == SLURM else local.run(steps, book)
 
 
 def _asked(config: SubmitConfig, pipeline: Pipeline) -> tuple[str, list[str]]:
@@ -77,28 +77,39 @@ def _check_adapters(phases: dict[str, Phase], config: SubmitConfig) -> None:
         require(there, f"submit {config.target}: no adapter in {phase.out / FINAL} yet; make it: {shlex.join(words)}")
 
 
-def _queued(names: Sequence[str], book: Book) -> dict[str, Entry]:
-    """Phase → the entry of a job that waits or runs now; raises UserError when one waits for what has failed."""
-    newest = [entry for entry in map(book.newest, names) if entry is not None]
-    jobs = slurm.queued(entry.number for entry in newest if entry.executor == SLURM)
+def _queued(names: Sequence[str], book: Book) -> tuple[dict[str, Entry], set[str]]:
+    """Phase → the entry of a job that waits or runs now, and the ids of those that are just ending.
+
+    Raises
+    ------
+    UserError
+        A job waits for what has failed.
+    """
+    entries = [entry for entry in book.entries() if entry.phase in names]
+    jobs = slurm.queued(entry.number for entry in entries if entry.executor == SLURM)
     for job in jobs:
         way_out = f"scancel {job.number}, then submit again"
         require(
             job.reason != slurm.NEVER, f"job {job.number} waits for a job that failed, and will never run; {way_out}"
         )
     alive = {job.number for job in jobs}
-    return {
-        entry.phase: entry for entry in newest if entry.running or (entry.executor == SLURM and entry.number in alive)
-    }
+    ending = alive - {job.number for job in jobs if job.state != "COMPLETING"}
+    found = (entry for entry in entries if entry.running or (entry.executor == SLURM and entry.number in alive))
+    return {entry.phase: entry for entry in found}, ending
 
 
-def _check_queued(steps: Sequence[Step]) -> None:
-    """Raise UserError when a job that waits or runs was submitted with another configuration."""
+def _check_queued(steps: Sequence[Step], ending: set[str], config: SubmitConfig) -> None:
+    """Raise UserError when a job that waits or runs has other options, or no other can be made to wait for it."""
+    due = any(step.due for step in steps)
     for step in steps:
-        if step.queued is not None and not step.state.done:
-            same = step.queued.fingerprint == step.phase.fingerprint
-            first = f"to change them: sparsekv cancel --model {step.phase.key}"
-            require(same, f"{step.phase.label}: job {step.queued.number} does it with other options; {first}")
+        if step.queued is None or step.state.done:
+            continue
+        job, way_out = f"{step.phase.label}: {step.queued.title}", f"sparsekv cancel --model {step.phase.key}"
+        same = step.queued.fingerprint == step.phase.fingerprint
+        require(same, f"{job} does it with other options; to change them: {way_out}")
+        require(step.queued.number not in ending, f"{job} is about to end; try again in a minute")
+        chained = step.queued.executor == SLURM == config.executor
+        require(chained or not due, f"{job} is at work on it; submit the rest when it has ended, or stop it: {way_out}")
 
 
 def _show(steps: Sequence[Step], site: Site, pipeline: Pipeline, config: SubmitConfig) -> None:
@@ -106,7 +117,7 @@ def _show(steps: Sequence[Step], site: Site, pipeline: Pipeline, config: SubmitC
     by_name = {step.name: step for step in steps}
     for step in steps:
         if not step.due:
-            job = f"queued already, job {step.queued.number}" if step.queued else "done"
+            job = f"queued already, {step.queued.title}" if step.queued else "done"
             print(f"{step.phase.label}: {'done' if step.state.done else job} ({step.state.note})")
             continue
         each = f"{step.tasks} {'task' if step.tasks == 1 else 'tasks'} × {step.phase.needs.gpus} GPU"
@@ -130,27 +141,36 @@ def _confirm(due: Sequence[Step], config: SubmitConfig) -> None:
     if config.yes:
         return
     require(sys.stdin.isatty(), "submit: there is no terminal to ask on; give --yes, or --dry-run to look only")
-    answer = input(f"Submit {len(due)} {'job' if len(due) == 1 else 'jobs'}? [y/N] ")
+    try:
+        answer = input(f"Submit {len(due)} {'job' if len(due) == 1 else 'jobs'}? [y/N] ")
+    except EOFError:  # Ctrl-D
+        answer = ""
+        print()
     require(answer.strip().lower() in ("y", "yes"), "submit: nothing was submitted")
 
 
-def _submit_chain(steps: Sequence[Step], site: Site, book: Book) -> None:
-    """Submit what is due, each after what it needs; when Slurm refuses one, those of this call are cancelled."""
+def _submit_chain(steps: Sequence[Step], site: Site, book: Book) -> int:
+    """Submit what is due, each after what it needs; when Slurm refuses one, or a signal comes, none of them stays."""
     by_name = {step.name: step for step in steps}
     numbers = {step.name: step.queued.number for step in steps if step.queued is not None}
     new: list[str] = []
     environment = {**os.environ, **site.environment()}
-    for step in (step for step in steps if step.due):
-        after = [numbers[name] for name in predecessors(step, by_name)]
-        try:
-            numbers[step.name] = slurm.submit(step.sbatch(site, after), environment)
-            new.append(numbers[step.name])
-            log = step.log.replace("%A", new[-1]).replace("%j", new[-1]).replace("%a", "*")
-            book.add(Entry(step.name, new[-1], step.phase.fingerprint, SLURM, log))
-        except UserError as error:
-            raise UserError(f"{step.phase.label}: {error}{_undo(new)}") from error
-        print(f"{step.phase.label}: job {new[-1]}")
+    with StopSignal() as stop:
+        for step in (step for step in steps if step.due):
+            after = [numbers[name] for name in predecessors(step, by_name)]
+            try:
+                new.append(slurm.submit(step.sbatch(site, after), environment))
+                log = step.log.replace("%A", new[-1]).replace("%j", new[-1]).replace("%a", "*")
+                book.add(Entry(step.name, new[-1], step.phase.fingerprint, SLURM, log))
+            except UserError as error:
+                raise UserError(f"{step.phase.label}: {error}{_undo(new)}") from error
+            if stop.number is not None:
+                print(f"stopped{_undo(new)}", file=sys.stderr)
+                return 128 + stop.number
+            numbers[step.name] = new[-1]
+            print(f"{step.phase.label}: job {new[-1]}")
     print(f"sparsekv status --model {steps[0].phase.key} shows how far they are")
+    return 0
 
 
 def _undo(numbers: Sequence[str]) -> str:

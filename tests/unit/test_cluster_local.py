@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -18,7 +20,8 @@ from tiny import run_options
 from sparsekv.cluster import local, submit
 from sparsekv.cluster.artefacts import State
 from sparsekv.cluster.book import Book
-from sparsekv.cluster.config import SubmitConfig
+from sparsekv.cluster.config import StatusConfig, SubmitConfig
+from sparsekv.cluster.status import cancel
 
 # Says when it began and ended and on which GPUs; a file says how it should end.
 PROGRAM = """
@@ -104,11 +107,9 @@ def test_ctrl_c_ends_its_own_children_only(site, number):
     (site / "hangs-train").touch()
     (site / "hangs-train-control").touch()
     stranger = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
-    wait = "import os, time\nwhile not os.path.exists('started-train'): time.sleep(0.05)\n"
-    code = f"{wait}os.kill({os.getpid()}, {int(number)})"
-    killer = subprocess.Popen([sys.executable, "-S", "-c", code])
+    stop = as_soon_as("started-train", "started-train-control", do=lambda: os.kill(os.getpid(), number))
     assert run() == 128 + number
-    killer.wait()
+    stop.join()
     entries = [entry for entry in Book(site / "results/tiny").entries() if entry.phase in ("control", "train")]
     assert [entry.status for entry in entries] == [143, 143], "they had time to save"
     assert not any(entry.running for entry in entries)
@@ -117,22 +118,47 @@ def test_ctrl_c_ends_its_own_children_only(site, number):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def as_soon_as(*files: str, do: Callable[[], object]) -> threading.Thread:
+    """Do something in a thread when the files are there."""
+
+    def wait():
+        while not all(map(os.path.exists, files)):
+            time.sleep(0.02)
+        do()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_cancel_ends_the_chain(site, monkeypatch, capsys):
+    """And not only the process that runs: what waits for its GPU is not started."""
+    monkeypatch.setattr(local, "_gpus", lambda: ["4"])
+    (site / "hangs-train-control").touch()
+    stop = as_soon_as("started-train-control", do=lambda: cancel(StatusConfig("tiny")))
+    assert run() == 128 + signal.SIGTERM
+    stop.join()
+    assert "stopped; the same command continues" in capsys.readouterr().err
+    assert not (site / "started-train").exists()
+
+
 def test_what_runs_is_not_started_twice(site, monkeypatch):
     assert run() == 0
     book = Book(site / "results/tiny")
     entry = [each for each in book.entries() if each.phase == "analyze"][-1]
     me = psutil.Process()
     book.add(type(entry)(**{**vars(entry), "number": str(me.pid), "born": me.create_time(), "status": None}))
-    assert list(submit._queued(["analyze", "baseline"], book)) == ["analyze"]
+    queued, _ = submit._queued(["analyze", "baseline"], book)
+    assert list(queued) == ["analyze"]
 
 
 @pytest.mark.slow
 def test_the_whole_chain_of_a_tiny_model(tmp_path, monkeypatch, capsys):
-    """Really: analysis, baseline, control, training, evaluation; then all of it is done, and status says so."""
+    """Really: analysis, baseline, training, evaluation; then all of it is done, and a second call says so."""
     monkeypatch.chdir(tmp_path)
     options = run_options(tmp_path)
     analysis = {"data": options["data"], "num_samples": 2, "max_len": 48, "device": "cpu"}
-    make_experiment(tmp_path, options["model"], analyze=analysis)
+    make_experiment(tmp_path, options["model"], analyze=analysis, control=None)
     runs = {"base": {"model": options["model"]}}
     runs |= {name: {"model": options["model"], "adapter": f"out/{name}/final"} for name in ("control", "trained")}
     benchmark = {"name": "perplexity", "data_dir": options["data"], "context_length": 64, "num_samples": 2}
@@ -148,4 +174,4 @@ def test_the_whole_chain_of_a_tiny_model(tmp_path, monkeypatch, capsys):
     assert run() == 0
     said = capsys.readouterr().out
     assert "nothing to submit" in said
-    assert said.count(": done") == 5
+    assert said.count(": done") == 4

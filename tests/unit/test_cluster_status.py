@@ -6,10 +6,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from cells import write_cell
 from fake_slurm import FakeSlurm, make_experiment
 
 from sparsekv.cli import main
+from sparsekv.cluster import slurm
 from sparsekv.cluster.book import Book, Entry
 from sparsekv.cluster.tail import last_lines
 
@@ -85,17 +87,35 @@ def test_why_a_job_failed(site, said):
     out = said("status")
     assert "phase 2 control: failed (nothing yet; job 103: 103 FAILED (NonZeroExitCode))" in out
     assert "      sparsekv: --data x: no such file\n      FAILED: status 2\n" in out
-    (site.folder / "sacct.fails").unlink()
-    site.say("sacct", "105_0|CANCELLED by 0|0:0\n105_1|COMPLETED|0:0\n")
-    assert "phase 3 trained: failed (0 of 4 cells done; job 105: 105_0 CANCELLED (exit code 0:0))" in said("status")
+    site.fail("scontrol", "slurm_load_jobs error: Invalid job id specified")
+    assert "phase 2 control: failed (nothing yet; job 103: ended; Slurm forgot how)" in said("status")
 
 
-def test_artefacts_without_slurm(site, said):
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        ("echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1", "slurm_load_jobs error: Unable"),
+        ("exec sleep 30", "no answer in 0.2 s; is Slurm's controller up?"),
+        (None, "not found here; run this on a login node of the cluster"),
+    ],
+)
+def test_artefacts_without_slurm(site, said, monkeypatch, program, why):
+    """No answer, none in time, no Slurm: one line, for all models together."""
+    content = yaml.safe_load(Path("configs/pipeline.yaml").read_text())
+    content["models"]["other"] = {**content["models"]["tiny"], "results": "results/other"}
+    Path("configs/pipeline.yaml").write_text(yaml.safe_dump(content))
     said("submit", "tiny", "--yes")
-    site.fail("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
+    said("submit", "other", "--yes")
+    if program is None:
+        monkeypatch.setenv("PATH", "")
+    else:
+        site.program("squeue", f"#!/bin/sh\necho >> {site.folder}/asked\n{program}\n")
+    monkeypatch.setattr(slurm, "TIMEOUT", 0.2)
     out = said("status")
-    assert "what waits or runs is not known: squeue: slurm_load_jobs error: Unable to contact slurm controller" in out
-    assert "phase 1 baseline: not submitted (0 of 2 cells done; job 101)" in out
+    assert out.count(f"what waits or runs is not known: squeue: {why}") == 1
+    assert program is None or (site.folder / "asked").read_text() == "\n", "a second call would wait as long again"
+    assert "phase 1 baseline: unknown (0 of 2 cells done; job 101)" in out
+    assert "phase 1 baseline: unknown (0 of 2 cells done; job 102)" in out
 
 
 def test_cancel(site, said):

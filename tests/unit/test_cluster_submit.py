@@ -1,10 +1,13 @@
 """Submitting, with Slurm's commands replaced by programs that record their arguments."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
+import psutil
 import pytest
 import yaml
 from cells import write_cell
@@ -12,6 +15,7 @@ from fake_slurm import FakeSlurm, make_experiment
 
 from sparsekv.cli import main
 from sparsekv.cluster import slurm
+from sparsekv.cluster.book import Book, Entry
 from sparsekv.cluster.phases import make_phases
 from sparsekv.cluster.pipeline import load_pipeline
 
@@ -191,6 +195,54 @@ def test_a_job_whose_dependency_failed(site, capsys):
     assert len(site.calls("sbatch")) == 5
 
 
+def test_a_job_that_is_just_ending(site, capsys):
+    """Cancelled a moment ago, it is still saving: nothing may wait for it, and no other may write there yet."""
+    submit("pipeline", "--model", "tiny", "--yes")
+    site.say("squeue", "104|104|COMPLETING|None\n")
+    assert "phase 2 train: job 104 is about to end" in failure(capsys, "submit", "pipeline", "--model", "tiny", "--yes")
+    site.say("squeue", "102|102_0|COMPLETING|None\n102|102_1|RUNNING|None\n")
+    submit("tiny", "--yes")
+    assert "queued already, job 102" in capsys.readouterr().out
+    assert len(site.calls("sbatch")) == 5
+
+
+@pytest.mark.parametrize("executor", ["slurm", "local"])
+def test_a_process_is_no_job(site, capsys, executor):
+    """What is to wait for an id that Slurm does not know runs at once."""
+    me = psutil.Process()
+    phase = make_phases(load_pipeline(Path("configs/pipeline.yaml")), "tiny")["train"]
+    entry = Entry("train", str(me.pid), phase.fingerprint, "local", "log", born=me.create_time())
+    Book(Path("results/tiny")).add(entry)
+    line = failure(capsys, "submit", "pipeline", "--model", "tiny", "--yes", "--executor", executor)
+    assert f"phase 2 train: process {me.pid} is at work on it" in line
+    assert line.endswith("sparsekv cancel --model tiny")
+    assert not site.calls("sbatch")
+
+
+def test_a_job_is_no_process(site, capsys):
+    submit("pipeline", "--model", "tiny", "--yes")
+    site.say("squeue", "104|104|RUNNING|None\n")
+    line = failure(capsys, "submit", "pipeline", "--model", "tiny", "--yes", "--executor", "local")
+    assert "phase 2 train: job 104 is at work on it" in line
+
+
+def test_ctrl_c_leaves_no_half_of_a_chain(site, capsys):
+    site.program("sbatch", "#!/bin/sh\nkill -INT $PPID\necho 101\n")
+    assert submit("pipeline", "--model", "tiny", "--yes") == 130
+    assert "stopped; cancelled again: job 101" in capsys.readouterr().err
+    assert site.calls("scancel") == [["101"]]
+
+
+def test_what_a_command_of_slurm_inherits(monkeypatch):
+    """No Ctrl-C, which may leave a job that nobody knows; none of the variables that hide jobs."""
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "physics")
+    said = slurm.call([sys.executable, "-S", "-c", "import os; print(os.getsid(0), *os.environ)"]).split()
+    assert int(said[0]) != os.getsid(0)
+    assert "SBATCH_ACCOUNT" in said
+    assert "SQUEUE_STATES" not in said
+
+
 def test_what_slurm_refuses_is_undone(site, capsys):
     site.refuse("train.sh")
     line = failure(capsys, "submit", "pipeline", "--model", "tiny", "--yes")
@@ -298,6 +350,8 @@ def test_it_asks(site, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda question: "n")
     assert "nothing was submitted" in failure(capsys, "submit", "tiny")
+    monkeypatch.setattr("builtins.input", Mock(side_effect=EOFError))
+    assert "nothing was submitted" in failure(capsys, "submit", "tiny")
     assert not site.calls("sbatch")
     monkeypatch.setattr("builtins.input", lambda question: "y")
     assert submit("tiny") == 0
@@ -355,7 +409,8 @@ def test_no_slurm(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_experiment(tmp_path)
     monkeypatch.setenv("PATH", "")
-    assert "--executor local" in failure(capsys, "submit", "tiny", "--yes")
+    assert "--executor local" in failure(capsys, "submit", "tiny"), "before it asks"
+    assert submit("tiny", "--dry-run") == 0
 
 
 def test_outside_of_the_repository(site, capsys):
