@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -140,6 +141,20 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     return options.command, values
 
 
+# What jsonargparse says of a value of another kind, and of each kind that would be right.
+MISTYPED = re.compile(r"(--[\w.]+): (?:Expected a|Does not validate) .*(?:Got|Given) value: (.*)")
+KIND = re.compile(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^]]+)\])")
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+
+
+def _mistyped(said: re.Match[str]) -> str:
+    """`--ratio abc: must be a number`; unchanged where a kind has no plain name."""
+    found = [kind for kind in KIND.findall(said[0]) if kind[0] != "NoneType"]
+    kinds = [KINDS.get(name) or options.replace("'", "").replace(", ", " or ") for name, options in found]
+    plain = all(kinds) and said[0].count("Expected a ") == len(KIND.findall(said[0]))
+    return f"{said[1]} {said[2]}: must be {' or '.join(kinds)}" if plain else said[0]
+
+
 def one_line(error: Exception) -> str:
     """jsonargparse's message of several lines as one, with the flag as it is typed."""
     message = " ".join(str(error).split())
@@ -150,7 +165,9 @@ def one_line(error: Exception) -> str:
         ("Unexpected config", "--config: the file holds no options"),
     ):
         message = message.replace(theirs, ours)
-    return message
+    if message.startswith("the following arguments are required"):
+        message = re.sub(r"\w+\.(\w+)", r"--\1", message)
+    return MISTYPED.sub(_mistyped, message)
 
 
 def quieten() -> None:

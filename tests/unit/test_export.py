@@ -186,11 +186,11 @@ def test_a_bundle_has_what_is_needed_and_nothing_else(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--format", "gguf"], "--format"),
+        (["--format", "gguf"], "--format gguf: must be hf"),
         (["--budget", "9"], "--budget 9: must be 68 tokens or more, sink_size 4 + recent_size 64"),
         (["--merge", "false"], "--merge false: there is no --adapter to leave apart"),
         (["--adapter", "nowhere"], "--adapter nowhere: this folder holds no adapter"),
-        (["--mode", "ring"], "--mode"),
+        (["--mode", "ring"], "--mode ring: must be prefill or streaming"),
     ],
 )
 def test_one_line_status_2_and_nothing_written(base, tmp_path, capsys, more, said):
