@@ -80,6 +80,7 @@ class ChatConfig:
         require(self.max_new_tokens > 0, f"--max_new_tokens {self.max_new_tokens}: must be 1 or more")
         require(self.temperature >= 0, f"--temperature {self.temperature}: must be 0 or more")
         require(0 < self.top_p <= 1, f"--top_p {self.top_p}: must be above 0, and at most 1")
+        require(0 <= self.seed < 2**32, f"--seed {self.seed}: must be at least 0 and below 2**32")
         self._check_keep()
         self._check_file()
 

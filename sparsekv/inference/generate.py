@@ -26,6 +26,7 @@ def generate(config: GenerateConfig) -> None:
     session = Session(config)
     context, rest = encode(session, text, config.question)
     session.require_room(context.shape[1] + rest.shape[1], f"--prompt_file {config.prompt_file}")
+    session.fix_shapes(rest.shape[1] + config.max_new_tokens)
     start = time.perf_counter()
     session.read(context)
     held = Held.by(session.cache)

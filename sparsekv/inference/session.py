@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +16,11 @@ from sparsekv.inference.anchor_cache import AnchorCache
 from sparsekv.inference.config import ChatConfig
 from sparsekv.inference.press_cache import PressCache
 from sparsekv.inference.reading import CHUNK, read
+from sparsekv.inference.static_cache import StaticAnchorCache
 from sparsekv.models import check_device, load_adapter, load_model, load_tokenizer
 from sparsekv.presses import make_press, needs_eager, needs_question, why_not
+
+FAST_ON = "cuda"  # where steps over fixed shapes are faster, and worth the memory of what is to come
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Held:
     kept : float
         Of them, kept by a head, on average over layers and heads.
     full_bytes, nbytes : int
-        Of the keys and values of the whole text, and of the tensors that there are.
+        Of the keys and values of the whole text, and of the tensors that there are: of fixed shapes, with room.
     """
 
     tokens: int
@@ -46,6 +50,8 @@ class Held:
         tokens = cache.get_seq_length()
         if isinstance(cache, PressCache):
             kept = [float(real.sum(-1).float().mean()) for real in cache.slots]
+        elif isinstance(cache, AnchorCache):
+            kept = [int(cache.kept)]
         else:
             kept = [layer.keys.shape[2] for layer in layers]
         full = sum(tokens * tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
@@ -114,6 +120,13 @@ class Session:
         model.generation_config = _how_to_write(config, sorted(self.ends))  # and nothing of what the model brings
         torch.manual_seed(config.seed)
 
+    def fix_shapes(self, room: int) -> None:
+        """Of nothing but the context and `room` tokens after it: on a GPU, let steps be fast where they can."""
+        if isinstance(self.cache, AnchorCache) and not self.config.streams and self.model.device.type == FAST_ON:
+            budget, selector = self.config.budget, self.cache.selector
+            with suppress(UserError):  # attention other than sdpa, or several devices
+                self.cache = StaticAnchorCache(self.model, room=room, budget=budget, selector=selector)
+
     def require_room(self, more: int, what: str) -> None:
         """Raise UserError unless so many more tokens, and an answer to them, fit into the model's positions."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -125,8 +138,15 @@ class Session:
         """Read Long[1, L]; the first text that is read is the context, which is evicted."""
         self.ids = torch.cat([self.ids, ids.to(self.ids.device)], dim=1)
         if self.press is not None and self.cache.get_seq_length() == 0:
-            self.cache = PressCache.prefill(self.model, self.ids, self.press)
+            self.cache = self._pressed(self.press)
         read(self.model, self.cache, self.ids, chunk=CHUNK if self.config.streams else None)
+
+    def _pressed(self, press: Any) -> PressCache:
+        try:
+            return PressCache.prefill(self.model, self.ids, press)
+        except (AssertionError, ValueError) as error:  # the press's own checks
+            said = f"--keep {self.config.keep}: fails on a context of {self.ids.shape[1]} tokens ({error})"
+            raise UserError(f"{said}; give a longer one, or another press") from error
 
     def answer(self, ids: Tensor) -> TimedStreamer:
         """Read Long[1, L], at least one token, and write what the model says to it."""

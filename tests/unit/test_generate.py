@@ -12,12 +12,14 @@ from transformers import DynamicCache, GenerationConfig
 
 from sparsekv.anchors import AnchorConfig
 from sparsekv.cli import main
+from sparsekv.inference import session as session_module
 from sparsekv.inference.anchor_cache import AnchorCache
 from sparsekv.inference.config import GenerateConfig
 from sparsekv.inference.generate import encode, generate
 from sparsekv.inference.press_cache import PressCache
 from sparsekv.inference.reading import read
 from sparsekv.inference.session import Held, Session
+from sparsekv.inference.static_cache import StaticAnchorCache
 from sparsekv.models import load_model, load_tokenizer
 from sparsekv.presses import make_press
 from sparsekv.prompts import encode_prompt
@@ -103,6 +105,47 @@ def test_reading_in_chunks_is_reading_at_once(mode, pads):
     for keys, values in held[1:]:
         torch.testing.assert_close(keys, held[0][0], atol=1e-4, rtol=0)
         torch.testing.assert_close(values, held[0][1], atol=1e-4, rtol=0)
+
+
+def test_fixed_shapes_give_the_same_answer(folder, monkeypatch):
+    found = []
+    for device, kind in (("cuda", AnchorCache), ("cpu", StaticAnchorCache)):
+        monkeypatch.setattr(session_module, "FAST_ON", device)
+        session = Session(config(folder, budget=30))
+        context, rest = encode(session, TEXT, "What?")
+        session.fix_shapes(rest.shape[1] + NEW)
+        session.read(context)
+        held = Held.by(session.cache)
+        session.answer(rest)
+        assert type(session.cache) is kind
+        found.append(session.ids.tolist())
+        assert (held.tokens, held.kept) == (context.shape[1], 30)
+    assert found[0] == found[1]
+
+
+def test_the_command_says_what_is_to_come(folder, monkeypatch):
+    rooms = []
+    monkeypatch.setattr(Session, "fix_shapes", lambda self, room: rooms.append((self, room)))
+    generate(config(folder, question="What?"))
+    ((session, room),) = rooms
+    assert room == encode(session, TEXT, "What?")[1].shape[1] + NEW
+
+
+@pytest.mark.parametrize("changes", [{"keep": "full"}, {"mode": "streaming"}, {"keep": "knorm", "ratio": 0.5}])
+def test_caches_that_have_no_fixed_shapes(folder, monkeypatch, changes):
+    monkeypatch.setattr(session_module, "FAST_ON", "cpu")
+    session = Session(config(folder, **changes))
+    before = session.cache
+    session.fix_shapes(50)
+    assert session.cache is before
+
+
+def test_attention_without_fixed_shapes(folder, monkeypatch):
+    monkeypatch.setattr(session_module, "FAST_ON", "cpu")
+    session = Session(config(folder))
+    session.model.set_attn_implementation("eager")
+    session.fix_shapes(50)
+    assert type(session.cache) is AnchorCache
 
 
 # ---- as a command ----
@@ -208,7 +251,11 @@ def test_the_models_own_defaults_do_not_change_greedy_answers(folder, tmp_path, 
         (["--keep", "finch", "--ratio", "0.5"], "--keep finch: it reads the question too"),
         (["--keep", "decoding_knorm", "--ratio", "0.5"], "acts while decoding"),
         (["--budget", "9"], "--budget 9: must be 10 tokens or more, sink_size 2 + recent_size 8"),
-        (["--mode", "ring"], "--mode"),
+        (["--mode", "ring"], "--mode ring: must be prefill or streaming"),
+        (["--budget", "1.5"], "--budget 1.5: must be a whole number"),
+        (["--keep", "knorm", "--ratio", "half"], "--ratio half: must be a number"),
+        (["--keep", "snapkv:window_size=2000", "--ratio", "0.5"], "--keep snapkv:window_size=2000: fails on a context"),
+        (["--seed", "-1"], "--seed -1: must be at least 0 and below 2**32"),
         (["--max_new_tokens", "0"], "--max_new_tokens 0: must be 1 or more"),
         (["--max_new_tokens", "2000"], "--max_new_tokens 2000 are more than the model's 2048 positions"),
         (["--temperature", "-1"], "--temperature -1.0: must be 0 or more"),
