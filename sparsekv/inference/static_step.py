@@ -6,7 +6,6 @@ then are many small kernels between the large ones; `torch.compile` makes few of
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsekv.cuda_graph import capture
 from sparsekv.inference.static_attention import Entries, NewEntries, StaticPass, serving
-
-logger = logging.getLogger(__name__)
 
 
 class StaticStep:
@@ -69,19 +67,13 @@ class StaticStep:
         return output.last_hidden_state
 
     def _capture(self, *inputs: Tensor) -> None:
-        """Record the step. It is run first, so that what is compiled and chosen at a first call is not recorded."""
+        """Record the step, if the model allows it."""
         self._inputs = [tensor.clone() for tensor in inputs]
-        graph = torch.cuda.CUDAGraph()
-        try:
-            self._run(*self._inputs, last=False)
-            with torch.cuda.graph(graph):
-                self._hidden = self._run(*self._inputs)
-            self.graph = graph
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # a model that asks the GPU for a number in its forward pass
+        captured = capture(lambda: self._run(*self._inputs, last=False), lambda: self._run(*self._inputs))
+        if captured is None:
             self._may_capture = False
-            logger.warning("decoding without a CUDA graph: %s", str(error).splitlines()[0])
+        else:
+            self.graph, self._hidden = captured
 
 
 @contextmanager

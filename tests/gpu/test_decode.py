@@ -98,6 +98,7 @@ def test_a_model_that_cannot_be_captured_says_so(caplog):
     with caplog.at_level(logging.WARNING):
         found = read(model, StaticAnchorCache(model, selector=SELECTOR, room=8), ids, real, sizes)
     assert "decoding without a CUDA graph" in caplog.text
+    assert torch.rand(2, device="cuda").isfinite().all(), "a capture that fails would break every later draw"
     assert (found - wanted).abs().max() < 1e-3
 
 

@@ -234,7 +234,7 @@ def test_merge_overwrites_nothing(base, adapter, tmp_path):
 
 def test_merge_that_fails_leaves_nothing(base, adapter, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"--output_dir .*: cannot write the merged model"):
+    with pytest.raises(UserError, match=r"--output_dir .*file is a file; name a folder"):
         merge_adapter(str(base), adapter, tmp_path / "file" / "merged")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "file"}
 

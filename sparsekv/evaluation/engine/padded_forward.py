@@ -3,17 +3,14 @@
 An eager step is bound by the launches of its kernels, whatever the batch: a graph launches them at once.
 """
 
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekv.evaluation.engine.memory import is_out_of_memory
+from sparsekv.cuda_graph import capture
 from sparsekv.evaluation.engine.padded_cache import PaddedCache
-
-logger = logging.getLogger(__name__)
 
 WORTH_A_GRAPH = 8  # steps still to come: capturing one costs about as much as three
 
@@ -63,18 +60,12 @@ class PaddedForward:
     def _capture(self, ids: Tensor, positions: Tensor) -> None:
         """Capture the step: it writes its column as often as it runs, with the same entries."""
         self._ids, self._positions = ids.to(self.model.device), positions.to(self.model.device)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._run(self._ids, self._positions)  # kernels are chosen and memory is set up outside of the graph
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph):
-                self._logits = self._run(self._ids, self._positions)
-            self._graph = graph
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
+
+        def step() -> Tensor:
+            return self._run(self._ids, self._positions)
+
+        captured = capture(step, step)
+        if captured is None:
             self._may_capture = False
-            logger.warning("decoding without a CUDA graph: %s", str(error).splitlines()[0])
+        else:
+            self._graph, self._logits = captured
