@@ -1,5 +1,7 @@
 """`sparsekv submit` on a real Slurm, as docs/cluster.md has it: the experiment of the repository with a tiny model."""
 
+import contextlib
+import io
 import json
 import os
 import pty
@@ -13,6 +15,8 @@ import pytest
 import yaml
 from cluster import ROOT, Cluster, Project, wait_until
 from tiny import run_options
+
+from sparsekv.cli import main
 
 STEPS = 120  # of a training; some seconds, so that it can be interrupted on the way
 ROWS = 6
@@ -38,7 +42,6 @@ class Account(Project):
         shutil.copytree(ROOT / "sparsekv", folder / "sparsekv", ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, folder)
-        self.sparsekv_program = folder / ".venv/bin/sparsekv"
         # The packages of this environment are there already for the one that the first command makes.
         packages = {"PYTHONPATH": sysconfig.get_path("purelib"), "SPARSEKV_PROCESSES": "1"}
         self.environment = {**cluster.environment, **packages}
@@ -76,9 +79,16 @@ class Account(Project):
         return done.stdout
 
     def sparsekv(self, *words: str, **environment: str) -> str:
-        """What a command says."""
-        program = str(self.sparsekv_program)
-        return self.cluster.call(program, *words, cwd=self.folder, **{**self.environment, **environment})
+        """What a command says: in this process, which has imported already what takes a new one seconds."""
+        said = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            for name, value in {**self.environment, **environment}.items():
+                patch.setenv(name, value)
+            with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as ended:
+                main(words)
+        assert not ended.value.code, said.getvalue()
+        return said.getvalue()
 
     def submit(self, **environment: str) -> str:
         return self.sparsekv("submit", "pipeline", "--model", "qwen3", "--yes", **environment)
@@ -177,26 +187,30 @@ def test_a_training_that_fails_takes_phase_3_with_it(account, first_adapter):
     status = account.status()
     assert status["train"].startswith("failed")
     assert f"{jobs['train']} FAILED" in status["train"]
-    assert "FAILED: sparsekv train ended with status 2" in status["train"]
+    assert status["train"].count("FAILED: sparsekv train ended with status 2") == 1
     assert "text.jsonl" in status["train"]
-    assert re.match(r"failed \(.* CANCELLED ", status["trained"])
+    assert re.match(r"failed \(.* CANCELLED \(DependencyNeverSatisfied\)", status["trained"])
+    assert not (account.folder / "results/qwen3/matrix/qwen3-8b-trained").exists()
     text.with_suffix(".away").rename(text)
 
 
 def test_an_interrupted_training_is_the_one_that_never_was(account, first_adapter):
-    """Cancelled, submitted again, preempted: it is requeued and goes on from where it saved, and phase 3 follows."""
+    """Cancelled, submitted again, preempted and requeued: it goes on from where it saved, and phase 3 follows."""
     if account.adapter.exists():
         account.forget_training()
     cluster = account.cluster
     account.submit(**ON_SECOND)
     cancelled = account.jobs()
+    wait_until(lambda: account.steps > 5, "some steps")
     assert f"job {cancelled['train']} cancelled" in account.sparsekv("cancel", "--model", "qwen3")
     cluster.wait_for_processes(cancelled["train"])
     assert cluster.wait(cancelled["train"], cancelled["trained"]) == ["CANCELLED"] * 2
     done = account.saved
+    assert 0 < done < STEPS
+    assert not account.adapter.exists()
     account.submit(**ON_SECOND)
     jobs = account.jobs()
-    wait_until(lambda: account.steps > done + 5, "some steps")
+    wait_until(lambda: account.steps > done + 5, "more steps")
     cluster.call("sbatch", *IMPORTANT)
     wait_until(lambda: cluster.show(jobs["train"])["JobState"] == "PENDING", "the requeue")
     assert done < account.saved < STEPS
@@ -205,4 +219,5 @@ def test_an_interrupted_training_is_the_one_that_never_was(account, first_adapte
     assert cluster.wait(jobs["train"], jobs["trained"]) == ["COMPLETED"] * 2
     assert cluster.show(jobs["train"])["Restarts"] == "1"
     assert account.adapter.read_bytes() == first_adapter
+    assert account.saved == STEPS
     assert "nothing to submit" in account.submit()
