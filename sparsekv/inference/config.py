@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from sparsekv.anchors import AnchorConfig
+from sparsekv.anchor_config import AnchorConfig
 from sparsekv.errors import UserError, require
 from sparsekv.files import check_new
 from sparsekv.inference.policy import AnchorPolicy

@@ -7,6 +7,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsekv.demo_model import DEMO_MODEL
+from sparsekv.errors import require
 from sparsekv.files import new_folder, write_text
 from sparsekv.inference.bundle import bundle
 from sparsekv.inference.config import ExportConfig
@@ -49,6 +51,8 @@ def export(config: ExportConfig) -> Path:
     UserError
         Names the flag: what cannot be loaded, served or written.
     """
+    here_only = f"--merge false: transformers alone cannot load {DEMO_MODEL}; merge, or name a folder that holds it"
+    require(config.merge or config.model != DEMO_MODEL, here_only)
     tokenizer, model = load_tokenizer(config.model), load_model(config.model)
     check_layers(model)
     extra = config.anchors.extra_punctuation
@@ -62,7 +66,7 @@ def export(config: ExportConfig) -> Path:
         saved.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_text(folder / "custom_generate" / "generate.py", code)
-        write_text(folder / "README.md", export_card(config))
+        write_text(folder / "README.md", export_card(config, tokenizer.chat_template is not None))
     return Path(config.output_dir)
 
 

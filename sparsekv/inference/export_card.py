@@ -19,18 +19,17 @@ tags: [sparsekv, kv-cache]
 
 ```python
 {load}
-text = open("long.txt").read()
-question = "\\n\\nWhat is this about?"
-context_length = len(tokenizer(text).input_ids)
-inputs = tokenizer(text + question, return_tensors="pt")
-output = model.generate(
-    **inputs, custom_generate=folder, trust_remote_code=True, context_length=context_length, max_new_tokens=64
-)
-print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :]))
+text, question = open("long.txt").read().strip(), "\\n\\nWhat is this about?"
+{prompt}
+inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+options = {{"custom_generate": folder, "trust_remote_code": True, "max_new_tokens": 64}}
+{context}output = model.generate(**inputs, **options)
+print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
 ```
 
-`context_length`: tokens that are read with full attention and then evicted (without it: the whole prompt). `mode` and
-`budget` can be given too, and `past_key_values` for a further turn.
+Options beside those of `model.generate`: `mode`; `budget`; in mode prefill `context_length`, the tokens that are read
+with full attention and then evicted (without it, the whole prompt). `past_key_values`: the cache of an earlier call,
+for a further turn. After `from_pretrained(folder, trust_remote_code=True)`, `model.generate` needs no `custom_generate`.
 
 Made by [SparseKV](https://pypi.org/project/sparsekv/) {version}.
 """
@@ -46,10 +45,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "path/to/this/folder"
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)"""
+CONTEXT = """\
+context = prompt[: prompt.index(text) + len(text)]  # what is evicted once it has been read
+options["context_length"] = len(tokenizer(context, add_special_tokens=False).input_ids)
+"""
+CHAT = """\
+messages = [{"role": "user", "content": text + question}]
+prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"""
+PLAIN = """\
+prompt = (tokenizer.bos_token or "") + text + question"""
 
 
-def export_card(config: ExportConfig) -> str:
-    """README.md of the folder."""
+def export_card(config: ExportConfig, chat: bool) -> str:
+    """README.md of the folder, of a model with a chat template or without."""
     apart = config.adapter is not None and not config.merge
     anchors = config.anchors
     return CARD.format(
@@ -60,5 +68,7 @@ def export_card(config: ExportConfig) -> str:
         mode=config.mode,
         budget=config.budget or "none",
         load=(LOAD_ADAPTER if apart else LOAD_MODEL).format(base=config.model),
+        prompt=CHAT if chat else PLAIN,
+        context=CONTEXT if config.mode == "prefill" else "",
         version=VERSION,
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -31,9 +32,9 @@ CALLS = [
     {"budget": 9},
 ]
 
-# What a user without this package does; a finder refuses it and all that stock transformers does not bring.
-USE = """
-import importlib.abc, json, sys
+# A finder refuses this package and all that stock transformers does not bring.
+WITHOUT = """
+import importlib.abc, sys
 
 class Absent(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -41,6 +42,10 @@ class Absent(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
+"""
+# What a user does there.
+USE = """
+import json
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,15 +77,14 @@ def base(tmp_path_factory):
     return save(make_sharp("llama"), tmp_path_factory.mktemp("base"))
 
 
-def elsewhere(folder: Path, ids, mask, calls: list[dict], tmp_path: Path) -> list:
-    """What a process says that has neither this package nor this folder on its path."""
+def elsewhere(code: str, argument: str, tmp_path: Path) -> str:
+    """What a process prints that has neither this package nor this folder on its path."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "CUDA_VISIBLE_DEVICES": ""}
-    argument = json.dumps([str(folder), ids.tolist(), mask.tolist(), calls])
-    command = [sys.executable, "-c", USE, argument]
+    command = [sys.executable, "-c", WITHOUT + code, argument]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()[-1]
 
 
 def by_hand(folder: Path, ids, mask, mode="prefill", budget=None, context_length=None, **more) -> list:
@@ -95,7 +99,7 @@ def test_without_this_package_the_tokens_are_the_same(base, tmp_path):
     folder = export(ExportConfig(base, str(tmp_path / "exported"), budget=16, anchors=ANCHORS))
     ids = torch.randint(5, 300, (2, 40), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(40) >= torch.tensor([[0], [7]])).long()
-    found = elsewhere(folder, ids, mask, CALLS, tmp_path)
+    found = json.loads(elsewhere(USE, json.dumps([str(folder), ids.tolist(), mask.tolist(), CALLS]), tmp_path))
     for call, each in zip([*CALLS, {}], found, strict=True):
         assert each == by_hand(folder, ids, mask, **{"budget": 16, **call}), call
     assert len({json.dumps(each[0]) for each in found}) >= 3, "the options must matter"
@@ -128,6 +132,55 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@pytest.mark.parametrize(
+    ("options", "chat"),
+    [({}, True), ({}, False), ({"mode": "streaming", "budget": 12}, True), ({"merge": False}, True)],
+)
+def test_the_example_of_the_card_runs(tmp_path, options, chat):
+    base, tokenizer = save(make_sharp("llama"), tmp_path / "base"), make_tiny_tokenizer()
+    if not chat:
+        tokenizer.chat_template = None
+        tokenizer.save_pretrained(base)
+        (tmp_path / "base" / "chat_template.jinja").unlink(missing_ok=True)
+    if "merge" in options:
+        attach_lora(load_model(base), 4, 8, ["q_proj", "v_proj"]).save_pretrained(tmp_path / "adapter")
+        options = {**options, "adapter": str(tmp_path / "adapter")}
+    folder = export(ExportConfig(base, str(tmp_path / "exported"), anchors=ANCHORS, **options))
+    (tmp_path / "long.txt").write_text("\nOne and two.\n" * 5, "utf-8")
+    (code,) = re.findall(r"```python\n(.+?)```", (folder / "README.md").read_text("utf-8"), re.DOTALL)
+    assert ("messages" in code) == chat
+    asked = "past = model.generate(**inputs, **options, return_dict_in_generate=True).past_key_values\n"
+    code += f"{asked}print(past.seen, past.kept.item(), options.get('context_length'), inputs.input_ids.shape[1])"
+    seen, kept, context, prompt = elsewhere(code.replace("path/to/this/folder", str(folder)), "", tmp_path).split()
+    if "budget" in options:
+        assert (kept, context) == ("12", "None")
+    else:
+        assert int(prompt) - 40 < int(context) < int(prompt)
+        assert int(kept) < int(seen)
+
+
+def test_a_further_turn(base, tmp_path, monkeypatch):
+    folder = export(ExportConfig(base, str(tmp_path / "exported"), budget=16, anchors=ANCHORS))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    ids = torch.randint(5, 300, (1, 40), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    own = {"custom_generate": str(folder), "trust_remote_code": True}
+    said = []
+    for by_hand in (False, True):
+        model, text = load_model(base), ids
+        cache = AnchorCache(model, load_tokenizer(base), ANCHORS, budget=16)
+        more = {"past_key_values": cache} if by_hand else own
+        for _ in range(2):
+            mask = torch.ones_like(text)
+            out = model.generate(text, attention_mask=mask, return_dict_in_generate=True, **options, **more)
+            more = {**more, "past_key_values": out.past_key_values}
+            text = torch.cat([out.sequences, ids[:, :5]], dim=1)
+        said.append((text.tolist(), out.past_key_values.kept.tolist()))
+    assert said[0] == said[1]
+    assert said[0][1][0] < out.past_key_values.seen - 20, "the context was evicted, once"
 
 
 def test_the_exported_classes_are_the_tokenizers(base, tmp_path, monkeypatch):
@@ -202,6 +255,12 @@ def test_one_line_status_2_and_nothing_written(base, tmp_path, capsys, more, sai
     assert not any(tmp_path.iterdir())
 
 
+def test_the_demo_model_goes_with_its_adapter(tmp_path):
+    with pytest.raises(UserError, match="--merge false: transformers alone cannot load smollm2-135m; merge"):
+        export(ExportConfig("smollm2-135m", str(tmp_path / "out"), adapter=str(tmp_path), merge=False))
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_folder_that_holds_something(base, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match=r"--output_dir .*: exists already; name a new folder"):
@@ -217,7 +276,7 @@ def test_layers_that_cannot_be_served(tmp_path):
 
 
 def test_a_failure_leaves_nothing(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparsekv.inference.export.export_card", lambda config: 1 / 0)
+    monkeypatch.setattr("sparsekv.inference.export.export_card", lambda config, chat: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export(ExportConfig(base, str(tmp_path / "out")))
     assert not any(tmp_path.iterdir())
