@@ -144,9 +144,9 @@ class Session:
     def _pressed(self, press: Any) -> PressCache:
         try:
             return PressCache.prefill(self.model, self.ids, press)
-        except (AssertionError, ValueError) as error:  # the press's own checks
+        except (AssertionError, ValueError, OSError, RuntimeError) as error:  # its checks, files, shapes
             said = f"--keep {self.config.keep}: fails on a context of {self.ids.shape[1]} tokens ({error})"
-            raise UserError(f"{said}; give a longer one, or another press") from error
+            raise UserError(f"{said}; take another press, or a longer text") from error
 
     def answer(self, ids: Tensor) -> TimedStreamer:
         """Read Long[1, L], at least one token, and write what the model says to it."""
