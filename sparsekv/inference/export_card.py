@@ -29,7 +29,7 @@ print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_toke
 
 Options beside those of `model.generate`: `mode`; `budget`; in mode prefill `context_length`, the tokens that are read
 with full attention and then evicted (without it, the whole prompt). `past_key_values`: the cache of an earlier call,
-for a further turn. After `from_pretrained(folder, trust_remote_code=True)`, `model.generate` needs no `custom_generate`.
+for a further turn. A model loaded by `from_pretrained(folder, trust_remote_code=True)` needs no `custom_generate`.
 
 Made by [SparseKV](https://pypi.org/project/sparsekv/) {version}.
 """

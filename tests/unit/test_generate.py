@@ -308,23 +308,33 @@ NEEDLE = "The secret code of the harbour is 7391."
 QUESTION = "What is the secret code of the harbour? Answer with the number only."
 
 
-def needle_context(tokens: int, tokenizer) -> str:
-    """A text of about so many tokens that ends with the needle, among the last tokens, which the cache keeps."""
-    text = "\n".join(topics.values())
-    ids = tokenizer(text).input_ids[: tokens - 60]
-    return f"{tokenizer.decode(ids)}\n\n{NEEDLE} That is all there is to say about it."
+def needle_context(tokens: int, place: float, tokenizer) -> str:
+    """A text of about so many tokens with the needle at a share of its length."""
+    ids = tokenizer("\n".join(topics.values())).input_ids[: tokens - 60]
+    before, after = (tokenizer.decode(part) for part in (ids[: int(place * len(ids))], ids[int(place * len(ids)) :]))
+    return f"{before}\n\n{NEEDLE} That is all there is to say about it.\n\n{after}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", [None])  # a trained adapter belongs here as soon as one is shipped
-def test_a_needle_that_is_kept_is_found(tmp_path, capsys, adapter):
-    text = needle_context(2000, load_tokenizer("smollm2-135m"))
+@pytest.mark.parametrize(
+    ("place", "changes", "most", "found"),
+    [
+        (1.0, {}, 0.3, True),
+        (1.0, {"budget": 128}, 0.07, True),
+        (0.6, {"anchors": AnchorConfig(recent_size=1000)}, 0.7, True),
+        (0.6, {}, 0.3, False),  # evicted
+        (0.6, {"keep": "full"}, 1, True),
+    ],
+)
+def test_a_needle_is_found_where_it_is_kept(tmp_path, capsys, place, changes, most, found):
+    text = needle_context(2000, place, load_tokenizer("smollm2-135m"))
     (tmp_path / "long.txt").write_text(text, "utf-8")
     file = str(tmp_path / "long.txt")
-    options = {"dtype": "float32", "device": "cpu", "max_new_tokens": 16, "adapter": adapter}
+    options = {"dtype": "float32", "device": "cpu", "max_new_tokens": 16, **changes}
     generate(GenerateConfig("smollm2-135m", prompt_file=file, question=QUESTION, **options))
     printed = capsys.readouterr()
-    assert "7391" in printed.out
-    kept, tokens = (int(x.replace(",", "")) for x in re.match(FIGURES, printed.err).groups()[:2])
+    assert ("7391" in printed.out) == found
+    kept, tokens, _, before, after = (float(x.replace(",", "")) for x in re.match(FIGURES, printed.err).groups())
     assert tokens == pytest.approx(2000, abs=100)
-    assert kept < 0.5 * tokens
+    assert after / before == pytest.approx(kept / tokens, rel=0.05)
+    assert kept <= most * tokens
