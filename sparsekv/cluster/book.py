@@ -93,12 +93,14 @@ class Book:
         self.logs = folder / "logs"
 
     def entries(self) -> list[Entry]:
-        """All of them; raises UserError when the file is corrupt."""
+        """All of them; raises UserError when the file is corrupt or somebody else's."""
         try:
             return [Entry(**entry) for entry in json.loads(self.file.read_text("utf-8"))]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        except (OSError, ValueError, TypeError) as error:
+        except OSError as error:
+            raise UserError(f"{self.file}: cannot be read ({error.strerror})") from error
+        except (ValueError, TypeError) as error:
             raise UserError(f"{self.file}: corrupt; cancel its jobs with scancel, then delete it") from error
 
     def add(self, *entries: Entry) -> None:

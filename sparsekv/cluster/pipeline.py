@@ -146,8 +146,10 @@ class Model:
 
     def __post_init__(self) -> None:
         require(0 < self.billions < math.inf, f"billions {self.billions}: must be above 0")
-        plain = bool(self.results) and "%" not in self.results and self.results.isprintable()
-        require(plain, f"results {self.results!r}: must be a folder without % in its name, which sbatch would replace")
+        plain = bool(self.results) and {*"%\\"}.isdisjoint(self.results) and self.results.isprintable()
+        require(
+            plain, f"results {self.results!r}: must be a folder without % or \\ in its name, which sbatch would replace"
+        )
 
 
 @dataclass(frozen=True)

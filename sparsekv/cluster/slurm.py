@@ -84,7 +84,7 @@ def call(words: Sequence[str], environment: Mapping[str, str] | None = None) -> 
     except (OSError, ValueError) as error:  # not executable, or a word with a NUL
         raise UserError(f"{words[0]}: cannot be run ({error})") from error
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())
+        said = " ".join((done.stderr or done.stdout).split()).removeprefix(f"{words[0]}: ")
         raise UserError(f"{words[0]}: {said or f'ended with status {done.returncode}'}")
     return done.stdout
 

@@ -201,6 +201,8 @@ def test_an_interrupted_training_is_the_one_that_never_was(account, first_adapte
     cluster = account.cluster
     account.submit(**ON_SECOND)
     cancelled = account.jobs()
+    assert f"queued already, job {cancelled['train']}" in account.submit()
+    assert account.jobs() == cancelled
     wait_until(lambda: account.steps > 5, "some steps")
     assert f"job {cancelled['train']} cancelled" in account.sparsekv("cancel", "--model", "qwen3")
     cluster.wait_for_processes(cancelled["train"])

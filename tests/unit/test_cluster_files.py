@@ -120,6 +120,7 @@ def test_the_matrix_of_the_8b_models(monkeypatch):
         (["models", "qwen3", "trian"], "x", "unknown key 'trian'"),
         (["models", "qwen3", "billions"], None, "billions: must be a number"),
         (["models", "qwen3", "results"], "a%b", "without %"),
+        (["models", "qwen3", "results"], "a\\b", "without %"),
         (["models", "qwen3", "resources"], {"training": {}}, "unknown phase training"),
         (["resources", "train"], {"time": 43200}, "time: must be text"),
         (["resources", "train"], {"time": "12h"}, "must be [D-]HH:MM:SS"),
