@@ -4,11 +4,10 @@ import math
 from dataclasses import dataclass, field
 from typing import get_args
 
+from sparsekv.anchor_config import AnchorConfig
 from sparsekv.errors import require
-from sparsekv.training.anchor import AnchorConfig
-from sparsekv.training.loss import Direction
+from sparsekv.training.choices import SMOOTH_RULES, Direction, check_rules
 from sparsekv.training.plan import Geometry, PlanSampler, RatioDraw
-from sparsekv.training.rules import SMOOTH_RULES, check_rules
 from sparsekv.training.scheduler import KeepRatioScheduler, SchedulerMode, make_scheduler
 
 

@@ -9,13 +9,14 @@ respect to the hidden states, [N, D], and the backward pass only scales it.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Direction = Literal["forward", "reverse", "js"]
+from sparsekv.training.choices import Direction
+
 Head = Callable[[Tensor], Tensor]
 
 IGNORE_INDEX = -100

@@ -1,10 +1,9 @@
 """Which entries of a context survive a cut: one rule, one `keep`.
 
 A rule is a press (kvpress's own `score`, so that the rule trained is the rule tested) or the anchors plus a random
-sample. Names: `OWN_RULES` and every key of `PRESS_RULES`.
+sample. Their names stand in `choices.py`.
 """
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -15,34 +14,12 @@ from kvpress.utils import compute_n_kept
 from torch import Tensor, nn
 
 from sparsekv.anchors import AnchorSelector
-from sparsekv.errors import UserError
 from sparsekv.presses import AnchorPress, make_press
 from sparsekv.training.anchor import build_kv_mask_from_anchors
+from sparsekv.training.choices import PRESS_RULES, check_rules
 from sparsekv.training.draws import uniform_draws
 
-OWN_RULES = ("anchor", "anchor_random", "random")
-# Rule → press: those with a score for every head of its own. By kvpress's names, `expected_attention` is the press in
-# which heads share a budget.
-PRESS_RULES = {
-    "compactor": "compactor",
-    "critical_expected_attention": "critical_expected_attention",
-    "critical_snapkv": "critical_snapkv",
-    "cur": "cur",
-    "expected_attention": "expected_attention_head",
-    "keydiff": "keydiff",
-    "knorm": "knorm",
-    "lagkv": "lagkv",
-    "leverage": "leverage",
-    "non_causal_attention": "non_causal_attention",
-    "pyramidkv": "pyramidkv",
-    "snapkv": "snapkv",
-    "streaming_llm": "streaming_llm",
-    "tova": "tova",
-}
-# Those whose scores have a gradient: not positions, nor ranks among neighbours.
-SMOOTH_RULES = tuple(name for name in PRESS_RULES if name not in ("lagkv", "streaming_llm"))
 PositionEmbeddings = tuple[Tensor, Tensor] | None
-STATIC_RULES = ("anchor", "anchor_random")  # known from token and position alone: the streaming geometry needs that
 
 
 @dataclass(frozen=True)
@@ -234,17 +211,3 @@ def make_rule(name: str, keep_ratio: float, selector: AnchorSelector, geometry: 
     press = make_press(PRESS_RULES[name], ratio)
     assert isinstance(press, ScorerPress)
     return PressRule(press)
-
-
-def check_rules(names: Sequence[str], geometry: str) -> None:
-    """Raise UserError unless every name is a rule that the geometry can use."""
-    known = sorted({*OWN_RULES, *PRESS_RULES})
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3) or known
-            raise UserError(f"--rules names {name!r}; did you mean {', '.join(near)}?")
-        if geometry == "streaming" and name not in STATIC_RULES:
-            allowed = ", ".join(STATIC_RULES)
-            raise UserError(
-                f"--rules names {name!r}, which looks at later tokens; --geometry streaming takes {allowed}"
-            )

@@ -13,10 +13,11 @@ from transformers import DynamicCache
 from sparsekv.attention import global_mask
 from sparsekv.presses import make_press
 from sparsekv.training.anchor import AnchorConfig, AnchorSelector
+from sparsekv.training.choices import OWN_RULES, PRESS_RULES
 from sparsekv.training.eviction import ForwardEviction, row_seeds
 from sparsekv.training.kv_dropout import KVDropoutContext, SDPAKVDropout
 from sparsekv.training.plan import EvictionPlan
-from sparsekv.training.rules import OWN_RULES, PRESS_RULES, LayerContext, Rule, make_rule
+from sparsekv.training.rules import LayerContext, Rule, make_rule
 
 RULES = sorted({*PRESS_RULES, *OWN_RULES})
 CUT, LENGTH = 272, 284  # LagKV scores contexts of at least 260 tokens, SnapKV of more than 64

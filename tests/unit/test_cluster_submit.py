@@ -425,3 +425,10 @@ def test_a_script_with_a_configuration_of_its_own(site, capsys):
     Path("configs/pipeline.yaml").write_text(yaml.safe_dump(pipeline))
     line = failure(capsys, "submit", "pipeline", "--model", "tiny", "--yes")
     assert "trains by configs/qwen3_8b.yaml, not by configs/train.yaml" in line
+
+
+def test_nothing_here_waits_for_torch():
+    """A call of submit or status takes tenths of a second, not the seconds that importing torch takes."""
+    modules = "sparsekv.cluster.submit, sparsekv.cluster.status"
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'transformers'}} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

@@ -35,8 +35,8 @@ from sparsekv.presses import PRESSES, is_decoding, make_press, needs_question, s
 from sparsekv.presses.registry import REFUSED
 from sparsekv.report.config import ReportConfig
 from sparsekv.training.anchor import AnchorConfig
+from sparsekv.training.choices import OWN_RULES, PRESS_RULES
 from sparsekv.training.config import TrainConfig, default_rules
-from sparsekv.training.rules import OWN_RULES, PRESS_RULES
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "sparsekv"

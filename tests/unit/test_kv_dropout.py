@@ -16,10 +16,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotar
 from sparsekv.errors import UserError
 from sparsekv.training import eviction, kv_dropout
 from sparsekv.training.anchor import AnchorConfig, AnchorSelector
+from sparsekv.training.choices import OWN_RULES, PRESS_RULES
 from sparsekv.training.eviction import ForwardEviction
 from sparsekv.training.kv_dropout import KVDropoutContext, SDPAKVDropout
 from sparsekv.training.plan import EvictionPlan
-from sparsekv.training.rules import OWN_RULES, PRESS_RULES
 
 BOTH = pytest.mark.parametrize("context_class", [KVDropoutContext, SDPAKVDropout])
 FAMILIES = ["llama", "qwen3", "qwen2", "mistral", "gemma3"]

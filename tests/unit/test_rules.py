@@ -12,19 +12,9 @@ from transformers import DynamicCache
 from sparsekv.errors import UserError
 from sparsekv.presses import make_press
 from sparsekv.training.anchor import AnchorConfig, AnchorSelector
+from sparsekv.training.choices import OWN_RULES, PRESS_RULES, SMOOTH_RULES, STATIC_RULES, check_rules
 from sparsekv.training.eviction import row_seeds
-from sparsekv.training.rules import (
-    OWN_RULES,
-    PRESS_RULES,
-    SMOOTH_RULES,
-    STATIC_RULES,
-    AnchorRandomRule,
-    AnchorRule,
-    LayerContext,
-    SeededRandomPress,
-    check_rules,
-    make_rule,
-)
+from sparsekv.training.rules import AnchorRandomRule, AnchorRule, LayerContext, SeededRandomPress, make_rule
 
 RULES = sorted({*PRESS_RULES, *OWN_RULES})
 LENGTHS = [*range(1, 18), 63, 64, 65, 66, 300]

@@ -1,0 +1,45 @@
+"""What options of training choose from, apart from what does it: checking options waits for no torch."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Literal
+
+from sparsekv.errors import UserError
+
+OWN_RULES = ("anchor", "anchor_random", "random")
+# Rule → press: those with a score for every head of its own. By kvpress's names, `expected_attention` is the press in
+# which heads share a budget.
+PRESS_RULES = {
+    "compactor": "compactor",
+    "critical_expected_attention": "critical_expected_attention",
+    "critical_snapkv": "critical_snapkv",
+    "cur": "cur",
+    "expected_attention": "expected_attention_head",
+    "keydiff": "keydiff",
+    "knorm": "knorm",
+    "lagkv": "lagkv",
+    "leverage": "leverage",
+    "non_causal_attention": "non_causal_attention",
+    "pyramidkv": "pyramidkv",
+    "snapkv": "snapkv",
+    "streaming_llm": "streaming_llm",
+    "tova": "tova",
+}
+# Those whose scores have a gradient: not positions, nor ranks among neighbours.
+SMOOTH_RULES = tuple(name for name in PRESS_RULES if name not in ("lagkv", "streaming_llm"))
+STATIC_RULES = ("anchor", "anchor_random")  # known from token and position alone: the streaming geometry needs that
+Direction = Literal["forward", "reverse", "js"]
+
+
+def check_rules(names: Sequence[str], geometry: str) -> None:
+    """Raise UserError unless every name is a rule that the geometry can use."""
+    known = sorted({*OWN_RULES, *PRESS_RULES})
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3) or known
+            raise UserError(f"--rules names {name!r}; did you mean {', '.join(near)}?")
+        if geometry == "streaming" and name not in STATIC_RULES:
+            allowed = ", ".join(STATIC_RULES)
+            raise UserError(
+                f"--rules names {name!r}, which looks at later tokens; --geometry streaming takes {allowed}"
+            )
