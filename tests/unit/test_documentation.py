@@ -31,6 +31,7 @@ from sparsekv.evaluation.matrix.config import EvalConfig
 from sparsekv.evaluation.matrix.needles import COLUMNS
 from sparsekv.evaluation.matrix.predictions import profile
 from sparsekv.evaluation.matrix.views import SCHEMA_VERSION, View, save_view
+from sparsekv.inference.config import ChatConfig, ExportConfig, GenerateConfig
 from sparsekv.presses import PRESSES, is_decoding, make_press, needs_question, shares_prefill
 from sparsekv.presses.registry import REFUSED
 from sparsekv.report.config import ReportConfig
@@ -47,6 +48,7 @@ OTHER_PROGRAMS = {
     *("--check", "--num_processes", "--nproc_per_node", "--config_file"),  # ruff, accelerate, torchrun
     *("--array", "--gpus", "--exclude"),  # sbatch
     *("--shape", "--doc"),  # benchmarks/eval_matrix.py
+    *("--force_model", "--continuous_batching"),  # transformers serve
 }
 SCHEMAS = {  # document → what its options are
     "docs/training.md": TrainConfig,
@@ -62,6 +64,8 @@ LAYERS = [  # a file imports from lower layers, from its own, and never from a h
         "token_classes",
         "files",
         "tokens",
+        "prompts",
+        "cuda_graph",
         "recall",
         "recall_few",
         "recall_many",
@@ -178,6 +182,7 @@ def test_commands_are_valid(command, monkeypatch, tmp_path):
             return 0
         schemas = {"train": TrainConfig, "eval": EvalConfig, "analyze": AnalysisConfig, "demo": DemoConfig}
         schemas |= {"submit": SubmitConfig, "status": StatusConfig, "cancel": StatusConfig}
+        schemas |= {"generate": GenerateConfig, "chat": ChatConfig, "export": ExportConfig}
         made = {**schemas, "merge": MergeConfig, "report": ReportConfig}[name](**values)
         if isinstance(made, EvalConfig):
             cells = [cell for suite in made.suites() for cell in suite.cells()]
