@@ -20,7 +20,7 @@ from sparsekv.inference.press_cache import PressCache
 from sparsekv.inference.reading import read
 from sparsekv.inference.session import Held, Session
 from sparsekv.inference.static_cache import StaticAnchorCache
-from sparsekv.models import load_model, load_tokenizer
+from sparsekv.models import attach_lora, load_model, load_tokenizer, merge_adapter
 from sparsekv.presses import make_press
 from sparsekv.prompts import encode_prompt
 
@@ -121,6 +121,21 @@ def test_fixed_shapes_give_the_same_answer(folder, monkeypatch):
         found.append(session.ids.tolist())
         assert (held.tokens, held.kept) == (context.shape[1], 30)
     assert found[0] == found[1]
+
+
+def test_an_adapter_answers_as_its_merged_model(folder, tmp_path, capsys):
+    adapted = attach_lora(load_model(str(folder)), 4, 8, ["q_proj", "v_proj"])
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(generator=torch.Generator().manual_seed(0))
+    adapted.save_pretrained(tmp_path / "adapter")
+    merge_adapter(str(folder), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    said = []
+    for changes in ({"adapter": str(tmp_path / "adapter")}, {"model": str(tmp_path / "merged")}, {}):
+        generate(config(folder, **changes))
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
 
 
 def test_the_command_says_what_is_to_come(folder, monkeypatch):
