@@ -17,6 +17,14 @@ torch.set_num_threads(1)
 disable_progress_bar()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With several workers (`-n`), what a file makes once stays with one of them; there is only one Slurm."""
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group("slurm" if file.startswith("tests/slurm/") else file))
+
+
 @pytest.fixture
 def tiny_llama():
     """Factory of a tiny Llama; keyword arguments change its config."""
