@@ -1,10 +1,11 @@
 """Cost of the loss head, CE + KL to a teacher: the chunked loss against the plain formula on full logits.
 
     python benchmarks/loss_head.py                 # a GPU: 4,096 tokens × 4,096 hidden × 151,936 vocabulary, bf16
+    python benchmarks/loss_head.py --compile       # also compiled, as `sparsekv train --compile` does it
     python benchmarks/loss_head.py --device cpu    # a smoke run with tiny shapes
 
 One row a variant: median milliseconds of forward + backward to the hidden states, memory above what the inputs and the
-head take (GPU only), and the largest single tensor made.
+head take (GPU only), and the largest single tensor made (not known of what is compiled).
 """
 
 import argparse
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparsekv.training.loss import distillation_loss
+from sparsekv.training.compiled import compile_logit_sums
+from sparsekv.training.loss import LogitSums, distillation_loss, sums_from_logits
 
 SHAPES = {"cuda": (4096, 4096, 151_936), "cpu": (256, 64, 4096)}  # tokens, hidden, vocabulary
 CHUNKS = {"cuda": (512, 1024, 2048), "cpu": (32, 64)}
@@ -51,7 +53,7 @@ def plain_loss(student: Tensor, teacher: Tensor, labels: Tensor, head: nn.Module
 
 
 def measure(loss: Callable[[], Tensor], student: Tensor, repeats: int) -> tuple[float, float | None, float]:
-    """(median ms, peak MiB above the inputs or None, MiB of the largest tensor) of forward + backward."""
+    """(median ms, peak MiB above the inputs or None, MiB of the largest tensor) of forward + backward, warmed up."""
     on_gpu = student.device.type == "cuda"
 
     def step() -> float:
@@ -64,6 +66,7 @@ def measure(loss: Callable[[], Tensor], student: Tensor, repeats: int) -> tuple[
 
     with LargestTensor() as largest:
         step()
+    step()
     student.grad, peak = None, None
     if on_gpu:
         before = torch.cuda.memory_allocated()
@@ -78,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--compile", action="store_true", help="also each size of chunks compiled")
     options = parser.parse_args()
     device, (n, d, v) = options.device, SHAPES[options.device]
 
@@ -87,11 +91,14 @@ def main() -> None:
     student.requires_grad_()
     labels = torch.randint(v, (n,), device=device)
 
-    def chunked(chunk_size: int) -> Callable[[], Tensor]:
-        return lambda: distillation_loss(student, teacher, labels, head, head, chunk_size=chunk_size).loss
+    def chunked(chunk_size: int, logit_sums: LogitSums = sums_from_logits) -> Callable[[], Tensor]:
+        options = {"chunk_size": chunk_size, "logit_sums": logit_sums}
+        return lambda: distillation_loss(student, teacher, labels, head, head, **options).loss
 
     variants = {"plain, full logits": lambda: plain_loss(student, teacher, labels, head)}
     variants |= {f"chunks of {chunk:,}": chunked(chunk) for chunk in CHUNKS[device]}
+    if options.compile:
+        variants |= {f"chunks of {chunk:,}, compiled": chunked(chunk, compile_logit_sums()) for chunk in CHUNKS[device]}
 
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     table = Table(
@@ -101,7 +108,8 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "variant" else "right")
     for variant, loss in variants.items():
         milliseconds, peak, largest = measure(loss, student, options.repeats)
-        table.add_row(variant, f"{milliseconds:.1f}", "–" if peak is None else f"{peak:,.0f}", f"{largest:,.1f}")
+        memory = "–" if peak is None else f"{peak:,.0f}"
+        table.add_row(variant, f"{milliseconds:.1f}", memory, "–" if "compiled" in variant else f"{largest:,.1f}")
     Console().print(table)
 
 

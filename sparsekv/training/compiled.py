@@ -1,8 +1,11 @@
-"""Each decoder layer compiled by torch.compile: the same steps with fewer, larger kernels.
+"""Decoder layers and the loss compiled by torch.compile: the same steps with fewer, larger kernels.
 
 Layers are compiled in place and one by one. Names in the state dict stay as they are, and because every layer runs the
 same code, one compilation serves all of them. A layer without eviction (the teacher, the control) is one graph. Under
 eviction `kv_dropout._attend_evicted` runs as it is, between the graph before it and the graph after it.
+
+Of the loss, what follows the head's matrix product is compiled: softmax, CE and KL of a chunk of tokens, and their
+gradient.
 """
 
 from collections.abc import Callable
@@ -10,10 +13,12 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsekv.errors import UserError, require
+from sparsekv.training.choices import Direction
+from sparsekv.training.loss import LogitSums, sums_from_logits
 
 # Compilations of one function that torch allows before it gives up on it. A run has eight: the teacher, the student's
 # first layer (whose input needs no gradient) and its others, evaluation with and without eviction, and the first three
@@ -45,6 +50,27 @@ def compile_layers(model: PreTrainedModel, backend: str | Callable[..., Any] = "
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for layer in layers:
         layer.compile(backend=backend, dynamic=False)
+
+
+def compile_logit_sums(backend: str | Callable[..., Any] = "inductor") -> LogitSums:
+    """`sums_from_logits` compiled once for chunks of any number of tokens: how many carry loss differs by step."""
+    compiled = torch.compile(sums_from_logits, backend=backend)
+
+    def sums(
+        logits: Tensor,
+        teacher_logits: Tensor | None,
+        targets: Tensor | None,
+        temperature: float,
+        direction: Direction,
+    ) -> tuple[Tensor, Tensor]:
+        if len(logits) == 1:  # which torch would compile by itself
+            return sums_from_logits(logits, teacher_logits, targets, temperature, direction)
+        for tensor in (logits, teacher_logits, targets):
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(logits, teacher_logits, targets, temperature, direction)
+
+    return sums
 
 
 def _check_compiler(device: torch.device, backend: str | Callable[..., Any]) -> None:

@@ -205,7 +205,7 @@ class TrainConfig(EITConfig):
     gradient_checkpointing
         Recompute layers in backward: less memory, more time.
     compile
-        Compile each decoder layer with torch.compile: a minute at the start, then faster steps of a control (GPU).
+        Compile decoder layers and loss with torch.compile: a minute at the start, then faster steps of a control (GPU).
     save_steps
         Steps between checkpoints.
     eval_steps

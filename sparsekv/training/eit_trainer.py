@@ -22,7 +22,7 @@ from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.callbacks import ScheduleCallback
 from sparsekv.training.config import EITConfig
 from sparsekv.training.kv_dropout import KVDropoutContext, base_of
-from sparsekv.training.loss import IGNORE_INDEX, distillation_loss
+from sparsekv.training.loss import IGNORE_INDEX, LogitSums, distillation_loss, sums_from_logits
 from sparsekv.training.meter import Meter
 from sparsekv.training.plan import EvictionPlan
 from sparsekv.training.scheduler import KeepRatioScheduler
@@ -48,6 +48,11 @@ class EITTrainer(Trainer):
         A frozen model; needed exactly when `model` is no PeftModel and a loss has a teacher (`config.needs_teacher`).
     **kwargs
         Of `transformers.Trainer`.
+
+    Attributes
+    ----------
+    logit_sums : callable
+        What reduces a chunk's logits to the loss in training; set it to a compiled one (`compile_logit_sums`).
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class EITTrainer(Trainer):
         self.accelerator.gradient_accumulation_steps = 1
         self.config = config
         self.teacher = teacher
+        self.logit_sums: LogitSums = sums_from_logits
         if self.config.needs_teacher and teacher is None and not hasattr(model, "disable_adapter"):
             raise ValueError("training every parameter against a teacher needs `teacher`, a frozen copy of the base")
         checkpointing: Any = args.gradient_checkpointing and args.gradient_checkpointing_kwargs
@@ -122,6 +128,7 @@ class EITTrainer(Trainer):
                 direction=config.kl_direction,
                 context_mask=context.flatten(),
                 lambda_context=config.lambda_context,
+                logit_sums=self.logit_sums,
             )
             tokens, context_tokens = counts.to(sums.loss.device).clamp(min=1)
             selection = self._selection(labels, tokens)

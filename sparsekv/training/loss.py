@@ -4,11 +4,17 @@ For 4,096 tokens and a vocabulary of 151,936 one fp32 copy of the logits is 2.3 
 of them for its backward pass. Here a chunk's logits are made, reduced to a sum, differentiated and dropped before the
 next chunk is begun, as in Liger Kernel (https://arxiv.org/abs/2410.10989): the forward pass stores the gradient with
 respect to the hidden states, [N, D], and the backward pass only scales it.
+
+With temperature T both distributions of the KL are softmax(logits / T), and the KL is multiplied by T² so that the size
+of its gradient does not depend on T (Hinton et al., https://arxiv.org/abs/1503.02531). Its direction is `forward`,
+KL(teacher‖student); `reverse`, KL(student‖teacher); or `js`, the Jensen–Shannon divergence, the mean of both's KL to
+their mixture (β = ½ in https://arxiv.org/abs/2306.13649).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +24,7 @@ from torch import Tensor, nn
 from sparsekv.training.choices import Direction
 
 Head = Callable[[Tensor], Tensor]
+LogitSums = Callable[[Tensor, Tensor | None, Tensor | None, float, Direction], tuple[Tensor, Tensor]]
 
 IGNORE_INDEX = -100
 
@@ -47,98 +54,6 @@ class LossSums:
     context_tokens: int
 
 
-def distillation_loss(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor | None,
-    labels: Tensor,
-    student_head: nn.Module,
-    teacher_head: Head,
-    *,
-    lambda_kl: float = 1.0,
-    temperature: float = 1.0,
-    direction: Direction = "forward",
-    context_mask: Tensor | None = None,
-    lambda_context: float = 0.0,
-    chunk_size: int = 1024,
-) -> LossSums:
-    """Sum the loss of a micro-batch over its tokens; nothing is averaged, so gradient accumulation stays exact.
-
-    Parameters
-    ----------
-    student_hidden : Tensor
-        Float[N, D], the student's last hidden states.
-    teacher_hidden : Tensor or None
-        Float[N, D], the teacher's; never differentiated. None: no KL.
-    labels : Tensor
-        Long[N], the token that each hidden state is to predict (already shifted); -100 carries neither CE nor KL.
-    student_head : nn.Module
-        Float[n, D] → Float[n, V]. A module, not any callable, because its trainable parameters get gradients too.
-    teacher_head : callable
-        Float[n, D] → Float[n, V]; not called when no KL is asked for.
-    lambda_kl : float
-        Weight of the KL on labelled tokens. 0: no KL there.
-    temperature : float
-        T; both distributions are softmax(logits / T), and the KL is multiplied by T² so that the size of its gradient
-        does not depend on T (Hinton et al., https://arxiv.org/abs/1503.02531).
-    direction : {"forward", "reverse", "js"}
-        KL(teacher‖student), KL(student‖teacher), or the Jensen–Shannon divergence, the mean of both's KL to their
-        mixture (β = ½ in https://arxiv.org/abs/2306.13649).
-    context_mask : Tensor, optional
-        Bool[N], tokens that carry `lambda_context`·KL and no CE.
-    lambda_context : float
-        Weight of the KL on context tokens. 0: no KL there.
-    chunk_size : int
-        Tokens whose logits live at once.
-
-    Returns
-    -------
-    LossSums
-    """
-
-    def sums(mask: Tensor, weight_ce: float, weight_kl: float) -> tuple[Tensor, Tensor, Tensor, int]:
-        rows = mask.nonzero().squeeze(-1)  # only the tokens that carry loss ever reach a head
-        hidden = student_hidden[rows.to(student_hidden.device)]
-        teacher = teacher_hidden[rows.to(teacher_hidden.device)] if teacher_hidden is not None and weight_kl else None
-        targets = labels[rows] if weight_ce else None
-        objective = _Objective(student_head, teacher_head, temperature, direction, weight_ce, weight_kl)
-        parameters = [p for p in student_head.parameters() if p.requires_grad]
-        grad_enabled = torch.is_grad_enabled()
-        loss, ce, kl = _ChunkedSum.apply(objective, chunk_size, grad_enabled, hidden, teacher, targets, *parameters)
-        return loss, ce, kl, len(rows)
-
-    loss, ce, kl, tokens = sums(labels != IGNORE_INDEX, 1.0, lambda_kl)
-    if teacher_hidden is None or context_mask is None or not lambda_context:
-        zero = torch.zeros_like(ce)
-        return LossSums(loss, zero, ce, kl, zero, tokens, 0)
-    context_loss, _, kl_context, context_tokens = sums(context_mask, 0.0, lambda_context)
-    return LossSums(loss, context_loss, ce, kl, kl_context, tokens, context_tokens)
-
-
-@dataclass(frozen=True)
-class _Objective:
-    """The loss of one chunk of tokens, from hidden states to sums."""
-
-    student_head: nn.Module
-    teacher_head: Head
-    temperature: float
-    direction: Direction
-    weight_ce: float
-    weight_kl: float
-
-    def __call__(self, hidden: Tensor, teacher: Tensor | None, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, ce, kl) of Float[n, D] hidden states and Long[n] targets, fp32, on the device of `hidden`."""
-        logits = self.student_head.forward(hidden)  # past its hooks: FSDP's would take the gathered weights away
-        teacher_logits = None
-        if teacher is not None:
-            with torch.no_grad():
-                teacher_logits = self.teacher_head(teacher).to(logits.device)
-        if targets is not None:
-            targets = targets.to(logits.device)
-        ce, kl = sums_from_logits(logits, teacher_logits, targets, self.temperature, self.direction)
-        loss = self.weight_ce * ce + self.weight_kl * self.temperature**2 * kl
-        return loss.to(hidden.device), ce.to(hidden.device), kl.to(hidden.device)
-
-
 def sums_from_logits(
     logits: Tensor, teacher_logits: Tensor | None, targets: Tensor | None, temperature: float, direction: Direction
 ) -> tuple[Tensor, Tensor]:
@@ -153,6 +68,103 @@ def sums_from_logits(
             teacher_logits = teacher_logits.float() / temperature
         kl = _divergence(log_p, F.log_softmax(teacher_logits, dim=-1, dtype=torch.float32), direction)
     return ce, kl
+
+
+def distillation_loss(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    labels: Tensor,
+    student_head: nn.Module,
+    teacher_head: Head,
+    *,
+    lambda_kl: float = 1.0,
+    temperature: float = 1.0,
+    direction: Direction = "forward",
+    context_mask: Tensor | None = None,
+    lambda_context: float = 0.0,
+    chunk_size: int = 1024,
+    logit_sums: LogitSums = sums_from_logits,
+) -> LossSums:
+    """Sum the loss of a micro-batch over its tokens; nothing is averaged, so gradient accumulation stays exact.
+
+    Parameters
+    ----------
+    student_hidden : Float[N, D]
+        The student's last hidden states.
+    teacher_hidden : Float[N, D], optional
+        The teacher's; never differentiated. None: no KL.
+    labels : Long[N]
+        The token that each hidden state is to predict (already shifted); -100 carries neither CE nor KL.
+    student_head : nn.Module
+        Float[n, D] → Float[n, V]. A module, not any callable, because its trainable parameters get gradients too.
+    teacher_head : callable
+        Float[n, D] → Float[n, V]; not called when no KL is asked for.
+    lambda_kl, lambda_context : float
+        Weight of the KL on labelled and on context tokens. 0: no KL there.
+    temperature, direction
+        Of the KL: see the head of this file.
+    context_mask : Bool[N], optional
+        Tokens that carry `lambda_context`·KL and no CE.
+    chunk_size : int
+        Tokens whose logits live at once.
+    logit_sums : callable
+        `sums_from_logits`, or the same compiled.
+    """
+    objective = partial(_Objective, student_head, teacher_head, temperature, direction, logit_sums)
+    sums = partial(_sums, student_hidden, teacher_hidden, labels, chunk_size)
+    loss, ce, kl, tokens = sums(labels != IGNORE_INDEX, objective(1.0, lambda_kl))
+    if teacher_hidden is None or context_mask is None or not lambda_context:
+        zero = torch.zeros_like(ce)
+        return LossSums(loss, zero, ce, kl, zero, tokens, 0)
+    context_loss, _, kl_context, context_tokens = sums(context_mask, objective(0.0, lambda_context))
+    return LossSums(loss, context_loss, ce, kl, kl_context, tokens, context_tokens)
+
+
+def _sums(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    labels: Tensor,
+    chunk_size: int,
+    mask: Tensor,
+    objective: "_Objective",
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(loss, ce, kl, number) over the tokens of Bool[N] `mask`: no others ever reach a head."""
+    rows = mask.nonzero().squeeze(-1)
+    hidden = student_hidden[rows.to(student_hidden.device)]
+    teacher = None
+    if teacher_hidden is not None and objective.weight_kl:
+        teacher = teacher_hidden[rows.to(teacher_hidden.device)]
+    targets = labels[rows] if objective.weight_ce else None
+    parameters = [p for p in objective.student_head.parameters() if p.requires_grad]
+    grad_enabled = torch.is_grad_enabled()
+    loss, ce, kl = _ChunkedSum.apply(objective, chunk_size, grad_enabled, hidden, teacher, targets, *parameters)
+    return loss, ce, kl, len(rows)
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """The loss of one chunk of tokens, from hidden states to sums."""
+
+    student_head: nn.Module
+    teacher_head: Head
+    temperature: float
+    direction: Direction
+    logit_sums: LogitSums
+    weight_ce: float
+    weight_kl: float
+
+    def __call__(self, hidden: Tensor, teacher: Tensor | None, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, ce, kl) of Float[n, D] hidden states and Long[n] targets, fp32, on the device of `hidden`."""
+        logits = self.student_head.forward(hidden)  # past its hooks: FSDP's would take the gathered weights away
+        teacher_logits = None
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_logits = self.teacher_head(teacher).to(logits.device)
+        if targets is not None:
+            targets = targets.to(logits.device)
+        ce, kl = self.logit_sums(logits, teacher_logits, targets, self.temperature, self.direction)
+        loss = self.weight_ce * ce + self.weight_kl * self.temperature**2 * kl
+        return loss.to(hidden.device), ce.to(hidden.device), kl.to(hidden.device)
 
 
 def _divergence(student: Tensor, teacher: Tensor, direction: Direction) -> Tensor:

@@ -18,7 +18,7 @@ from sparsekv.errors import UserError
 from sparsekv.models import PLACEMENTS, attach_lora, load_model, load_tokenizer
 from sparsekv.observe import check_observable
 from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, StopCallback
-from sparsekv.training.compiled import compile_layers
+from sparsekv.training.compiled import compile_layers, compile_logit_sums
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.kv_dropout import KVDropoutContext
@@ -77,6 +77,7 @@ def train(config: TrainConfig) -> Path | None:
         if config.compile:
             for network in filter(None, (trainer.base, teacher)):
                 compile_layers(network)
+            trainer.logit_sums = compile_logit_sums()
         if args.should_save:
             prepare_output_dir(out, record)
     args.distributed_state.wait_for_everyone()

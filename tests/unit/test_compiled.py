@@ -14,9 +14,10 @@ from sparsekv.errors import UserError
 from sparsekv.models import attach_lora
 from sparsekv.training import run
 from sparsekv.training.anchor import AnchorConfig
-from sparsekv.training.compiled import compile_layers
+from sparsekv.training.compiled import compile_layers, compile_logit_sums
 from sparsekv.training.config import EITConfig
 from sparsekv.training.eit_trainer import EITTrainer
+from sparsekv.training.loss import distillation_loss
 
 LENGTH, ROWS = 96, 4
 SLOW = pytest.mark.slow
@@ -84,6 +85,7 @@ def gradients(trainer):
 def test_losses_gradients_and_evaluations_are_the_same(family, options, trainer_of):
     plain, compiled = trainer_of(family, **options), trainer_of(family, **options)
     compile_layers(compiled.base, "aot_eager")
+    compiled.logit_sums = compile_logit_sums("aot_eager")
     wanted = gradients(plain)
     torch.testing.assert_close(gradients(compiled), wanted, atol=1e-5, rtol=1e-5)
     assert any(bool(gradient.any()) for name, gradient in wanted.items() if "lora_A" in name)
@@ -91,7 +93,47 @@ def test_losses_gradients_and_evaluations_are_the_same(family, options, trainer_
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
+def head_loss(tokens, trainable=False, **options):
+    """Sums and gradients of the loss head over so many tokens, in chunks of 16."""
+    torch.manual_seed(tokens)
+    student, teacher = torch.randn(2, tokens, 8)
+    student.requires_grad_()
+    head = torch.nn.Linear(8, 199, bias=False).requires_grad_(trainable)
+    context = torch.arange(tokens) < tokens // 3
+    labels = torch.randint(199, (tokens,)).masked_fill(context, -100)
+    options = {"context_mask": context, "lambda_context": 0.5, "lambda_kl": 0.7, "chunk_size": 16, **options}
+    got = distillation_loss(student, teacher, labels, head, head, **options)
+    (got.loss + got.context_loss).backward()
+    gradients = [x.grad for x in (student, head.weight) if x.grad is not None]
+    assert all(bool(gradient.any()) for gradient in gradients)
+    return [got.loss.detach(), got.context_loss.detach(), got.ce, got.kl, got.kl_context, *gradients]
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
+@pytest.mark.parametrize(
+    "options", [{}, {"direction": "reverse"}, {"direction": "js", "temperature": 2.0}, {"temperature": 0.5}]
+)
+def test_the_compiled_loss_is_the_plain_one(options, backend, trainable):
+    compiled = head_loss(100, trainable, **options, logit_sums=compile_logit_sums(backend))
+    torch.testing.assert_close(compiled, head_loss(100, trainable, **options), atol=1e-6, rtol=1e-6)
+
+
 # ---- how often ----
+
+
+def test_the_loss_is_compiled_once_for_any_number_of_tokens():
+    """Once with the next token and once without, for the context, whose last chunk here is a single token."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    logit_sums = compile_logit_sums(backend)
+    for tokens in (100, 75, 48, 30, 101):
+        torch.testing.assert_close(head_loss(tokens, logit_sums=logit_sums), head_loss(tokens))
+        assert len(graphs) == 2
 
 
 def compilations(trainer):
@@ -103,6 +145,7 @@ def compilations(trainer):
         return graph.forward
 
     compile_layers(trainer.base, backend)
+    trainer.logit_sums = compile_logit_sums(backend)
     graphs.clear()
     for _ in range(4):
         gradients(trainer)
@@ -131,7 +174,7 @@ def test_neither_more_layers_nor_more_steps_compile_more(family, options, traine
 def test_attention_without_eviction_is_part_of_its_layers_graph(trainer_of, monkeypatch):
     trainer = trainer_of("qwen3", layers=4, control=True)
     monkeypatch.setattr(trainer, "evaluate", lambda: None)
-    assert compilations(trainer) == [3] * 4  # the teacher, the student's first layer and its others
+    assert compilations(trainer) == [4] * 4  # the teacher, the student's first layer and its others, the loss
 
 
 # ---- runs ----
