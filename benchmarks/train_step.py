@@ -1,145 +1,221 @@
-"""Cost of a training step: operations, time and memory, with and without eviction, selection loss and compiled layers.
+"""Cost of a training step: tokens/s, time by part, memory, and the distance to what the hardware allows.
 
-    python benchmarks/train_step.py                                      # smollm2-135m on a CPU, tiny rows
-    python benchmarks/train_step.py --batch_size 16 --max_seq_len 1024   # a GPU, bfloat16
-    … --doc docs/training.md                                             # write the figures there
+    python benchmarks/train_step.py                                                 # a CPU: smollm2-135m, a short row
+    python benchmarks/train_step.py --shape qwen3-8b --compile --baseline --check   # a GPU: an 8B's shape, bfloat16
+    python benchmarks/train_step.py --shape qwen3-8b --lengths 32768 --checkpointing --block "train_step cuda long"
+    … --doc docs/performance.md                                                     # write the figures there
 
-Operations are those of teacher, student and backward that are no views, a proxy for kernels; they are counted in a step
-of its own, and without compilation. Tokens are random, and every variant takes the same plans.
+Steps are those of `sparsekv train` on random tokens, with its default adapter: `--steps` of them are timed together,
+and as many again part by part; both take the same cuts and rules. The floor is `step_flops` (step_costs.py) at the rate
+of a large matrix product, measured first. `--check` compares loss and gradients with dense_reference.py, the same
+entries kept. A row that does not fit into memory says so.
 """
 
 import argparse
-import statistics
+import gc
 import tempfile
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from datasets import Dataset
-from rich.console import Console
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from transformers import TrainingArguments
-from transformers.utils.logging import disable_progress_bar
+from dense_reference import DenseTrainer, dense_attention, dense_loss
+from shapes import SHAPES, make_model, make_tokenizer
+from step_costs import Clock, matrix_rate, step_flops, synchronized
+from step_tables import DENSE, Row, tables
+from transformers import TrainerCallback
+from transformers.utils.logging import set_verbosity_error
 
-import sparsekv.attention
+import sparsekv.training.eit_trainer
 from sparsekv.files import fill_block
-from sparsekv.models import attach_lora, load_model, load_tokenizer
-from sparsekv.training.compiled import compile_layers
-from sparsekv.training.config import EITConfig
+from sparsekv.models import attach_lora
+from sparsekv.training.compiled import compile_layers, compile_logit_sums
+from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import EITTrainer
-from sparsekv.version import commit
+from sparsekv.training.eviction import ForwardEviction
+from sparsekv.training.run import training_arguments
 
-MODEL = "smollm2-135m"
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WARM_UP = 2  # steps
+LENGTHS = {"cuda": [2048, 4096], "cpu": [256]}
+STEPS = {"cuda": 8, "cpu": 3}
+KEEP = {"scheduler_mode": "fixed", "min_keep_ratio": 0.3}
 VARIANTS: dict[str, dict[str, Any]] = {
     "control": {"control": True},
-    "evicted": {},
-    "evicted, selection loss": {"lambda_selection": 1.0},
-    "the same, two cuts": {"lambda_selection": 1.0, "num_cuts": 2},
+    "keep 0.3": {"ratio_draw": "ceiling"},
+    "mixture": {},
+    "selection loss": {"lambda_selection": 1.0},
 }
-WARM_UP, COUNTED = 2, 2  # steps
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations that are no views."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch_size", type=int, default=2)
-    parser.add_argument("--max_seq_len", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps a variant")
-    parser.add_argument("--compile", action="store_true", help="also each variant with compiled layers")
-    parser.add_argument("--doc", type=Path, help="Markdown file whose block for this device is replaced")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens of a row; default: 2,048 and 4,096 on a GPU")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--steps", type=int, help="timed together, and as many by part; default: 8 on a GPU")
+    parser.add_argument("--compile", action="store_true", help="also each variant compiled")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
+    parser.add_argument("--baseline", action="store_true", help="also dense masks and full logits")
+    parser.add_argument("--check", action="store_true", help="also compare with dense masks and full logits")
+    parser.add_argument("--doc", type=Path, help="Markdown file whose block is replaced")
+    parser.add_argument("--block", help="its name; default: train_step and the device")
     options = parser.parse_args()
-    disable_progress_bar()
-    uncounted_masks()
-    compiled = (False, True) if options.compile else (False,)
-    rows = [measure(options, name, compile) for compile in compiled for name in VARIANTS]
-    text = table(options, rows)
-    Console().print(text, highlight=False)
+    options.lengths = options.lengths or LENGTHS[options.device]
+    options.steps = options.steps or STEPS[options.device]
+    set_verbosity_error()
+    rate = matrix_rate(options.device)
+    rows: list[Row] = []
+    try:
+        for row in planned(options):
+            run(lambda row=row: measure(options, row), row)
+            done = row.seconds if isinstance(row.seconds, str) else f"{1000 * row.seconds:,.1f} ms"
+            print(f"{row.name}{', compiled' * row.compiled}, {row.length:,} tokens: {done}", flush=True)
+            rows.append(row)
+    finally:  # what is known when another row fails
+        text = tables(options, rows, rate)
+        print(f"\n{text}", flush=True)
     if options.doc:
-        fill_block(options.doc, f"train_step {options.device}", text)
+        fill_block(options.doc, options.block or f"train_step {options.device}", text)
 
 
-def uncounted_masks() -> None:
-    """CausalBias, a tensor subclass, cannot be made under a dispatch mode."""
-    make = sparsekv.attention.causal_lower_right
-
-    def quiet(*sizes: int) -> Any:
-        with _disable_current_modes():
-            return make(*sizes)
-
-    sparsekv.attention.causal_lower_right = quiet
+def planned(options: argparse.Namespace) -> Iterator[Row]:
+    for length in options.lengths:
+        if options.baseline:
+            yield Row(DENSE, length, False)
+        for compiled in (False, True) if options.compile else (False,):
+            yield from (Row(name, length, compiled) for name in options.variants)
 
 
-def measure(options: argparse.Namespace, name: str, compile: bool) -> dict[str, Any]:
-    """One variant: its name, operations a step (None when compiled), median seconds, peak GiB (None on a CPU)."""
-    torch.manual_seed(0)
-    trainer = make_trainer(options, VARIANTS[name])
-    ids = torch.randint(5, 40_000, (options.batch_size, options.max_seq_len), device=trainer.args.device)
-    if compile:
-        compile_layers(trainer.base)
-
-    def step(number: int) -> None:
-        trainer.state.global_step = number  # another plan
-        trainer.training_step(trainer.model, {"input_ids": ids}, trainer._count_tokens([{"input_ids": ids}]))
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-
-    for number in range(WARM_UP):
-        step(number)
-    if options.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for number in range(options.steps):
-        start = time.perf_counter()
-        step(number)
-        seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else None
-    operations = None
-    if not compile:
-        with Operations() as counter:
-            for number in range(COUNTED):
-                step(number)
-        operations = counter.count / COUNTED
-    name = f"{name}, compiled" if compile else name
-    return {"name": name, "operations": operations, "seconds": statistics.median(seconds), "peak": peak}
+def run(measured: Callable[[], None], row: Row) -> None:
+    """Measure a row; one that does not fit into memory says so, and leaves nothing behind."""
+    torch._dynamo.reset()
+    try:
+        measured()
+    except RuntimeError as error:  # torch.compile wraps an error of memory in its own
+        if "out of memory" not in str(error) and "ALLOC_FAILED" not in str(error):
+            raise
+        row.seconds = row.seconds or "out of memory"
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
-def make_trainer(options: argparse.Namespace, variant: dict[str, Any]) -> EITTrainer:
-    """A trainer with an adapter of rank 12 everywhere; the keep ratio is in its middle from the first step."""
-    on_gpu = options.device == "cuda"
-    model = load_model(MODEL, "bfloat16" if on_gpu else "float32", options.device)
-    arguments = TrainingArguments(tempfile.mkdtemp(), use_cpu=not on_gpu, bf16=on_gpu, report_to=[], save_strategy="no")
-    config = EITConfig(scheduler_mode="fixed", min_keep_ratio=0.3, **variant)
-    rows = Dataset.from_dict({"input_ids": [[0] * options.max_seq_len]})
-    return EITTrainer(attach_lora(model, 12, 24, TARGETS), config, load_tokenizer(MODEL), arguments, train_dataset=rows)
+# ---- one row ----
 
 
-def table(options: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
-    """The figures as Markdown."""
-    on_gpu = options.device == "cuda"
-    where = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    first = rows[0]["seconds"]
-    lines = ["| step | operations | seconds | of the control's | peak GiB |", "| --- | --- | --- | --- | --- |"]
-    for row in rows:
-        operations = "–" if row["operations"] is None else f"{row['operations']:,.0f}"
-        peak = "–" if row["peak"] is None else f"{row['peak']:.1f}"
-        lines.append(f"| {row['name']} | {operations} | {row['seconds']:.2f} | {row['seconds'] / first:.2f} | {peak} |")
-    return (
-        f"{MODEL}, {'bfloat16' if on_gpu else 'float32'}, r = 12 on attention and MLP, {options.batch_size} × "
-        f"{options.max_seq_len:,} tokens, {where}, torch {torch.__version__}; median of {options.steps} steps; "
-        f"commit {commit() or 'unknown'}.\n\n" + "\n".join(lines)
+def measure(options: argparse.Namespace, row: Row) -> None:
+    """Fill in what a row takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(options, row, folder)
+        row.flops = step_flops(trainer.base, options.batch_size, row.length)
+        stopwatch = Stopwatch(options, row, trainer)
+        trainer.add_callback(stopwatch)
+        with stopwatch.clock:
+            trainer.train()
+        if options.check and row.name in ("control", "keep 0.3", "mixture"):
+            row.check = compare(trainer)
+
+
+def make_trainer(options: argparse.Namespace, row: Row, folder: str) -> EITTrainer:
+    """As `sparsekv train` makes it, with an adapter that changes the output, and as many plans as timed steps."""
+    config = TrainConfig(
+        model=options.shape,
+        output_dir=folder,
+        device_map="cpu" if options.device == "cpu" else None,
+        batch_size=options.batch_size,
+        grad_accum=1,
+        max_steps=WARM_UP + 2 * options.steps,
+        max_seq_len=row.length,
+        gradient_checkpointing=options.checkpointing,
+        eval_steps=0,
+        **KEEP,
+        **VARIANTS.get(row.name, VARIANTS["keep 0.3"]),
     )
+    args = training_arguments(config)
+    args.save_strategy = args.logging_strategy = "no"
+    args.disable_tqdm, args.logging_first_step = True, False
+    torch.manual_seed(0)
+    base = make_model(options.shape, "bfloat16" if options.device == "cuda" else "float32", options.device)
+    base.config.max_position_embeddings = 2**20  # speed does not depend on it; rows may be longer than the model's own
+    model = attach_lora(base, config.lora_r, config.lora_alpha, config.lora_targets)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.01)
+    ids = torch.randint(5, 40_000, (config.max_steps * config.batch_size, row.length)).tolist()
+    data = Dataset.from_dict({"input_ids": ids})
+    kind = DenseTrainer if row.name == DENSE else EITTrainer
+    trainer = kind(model, config, make_tokenizer(options.shape), args, train_dataset=data)
+    trainer.current_plan = lambda length: trainer.sampler.draw(
+        trainer.state.global_step % options.steps, length, config.min_keep_ratio
+    )
+    if row.compiled:
+        compile_layers(trainer.base)
+        trainer.logit_sums = compile_logit_sums()
+    return trainer
+
+
+class Stopwatch(TrainerCallback):
+    """Times training: the first step, then `steps` together, then as many by part."""
+
+    def __init__(self, options: argparse.Namespace, row: Row, trainer: EITTrainer) -> None:
+        self.options, self.row, self.clock = options, row, Clock(options.device)
+        self.functions = {
+            "teacher": (trainer, "_teacher_hidden"),
+            "student": (trainer, "compute_loss"),
+            "scores": (ForwardEviction, "decide"),
+            "head": (sparsekv.training.eit_trainer, "distillation_loss"),
+            "backward": (trainer.accelerator, "backward"),
+        }
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.begun = synchronized()
+
+    def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        done, steps, row = state.global_step, self.options.steps, self.row
+        if done == 1:
+            row.first = synchronized() - self.begun
+        elif done == WARM_UP:
+            if self.options.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            self.begun = synchronized()
+            row.graphs = -graphs()
+        elif done == WARM_UP + steps:
+            row.seconds = (synchronized() - self.begun) / steps
+            if self.options.device == "cuda":
+                row.peak = torch.cuda.max_memory_allocated() / 2**30
+            self.clock.start(self.functions)
+        elif done == WARM_UP + 2 * steps:
+            row.parts = {part: seconds / steps for part, seconds in self.clock.stop().items()}
+            row.graphs += graphs()
+
+
+def graphs() -> int:
+    """Compiled so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def compare(trainer: EITTrainer) -> tuple[float, float]:
+    """(relative difference of the loss, cosine of the gradients) with dense masks, for the same entries kept."""
+    inputs = next(iter(trainer.get_train_dataloader()))
+
+    def result(loss: torch.Tensor) -> tuple[float, torch.Tensor]:
+        weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+        gradient = torch.cat([weight.grad.flatten().double() for weight in weights])
+        trainer.model.zero_grad()
+        return loss.item(), gradient
+
+    trainer.model.zero_grad()
+    fast = result(trainer.training_step(trainer.model_wrapped, inputs, trainer._count_tokens([inputs])))
+    keeps = None if trainer.eviction.last is None else trainer.eviction.last.keeps
+    cuts = trainer.current_plan(inputs["input_ids"].shape[1]).cuts
+    with dense_attention(trainer.base):
+        loss = dense_loss(trainer.model_wrapped, inputs["input_ids"], cuts, keeps)
+        loss.backward()
+    dense = result(loss)
+    return abs(fast[0] / dense[0] - 1), torch.cosine_similarity(fast[1], dense[1], dim=0).item()
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ OTHER_PROGRAMS = {
     *("--check", "--num_processes", "--nproc_per_node", "--config_file"),  # ruff, accelerate, torchrun
     *("--array", "--gpus", "--exclude"),  # sbatch
     *("--shape", "--doc"),  # benchmarks/eval_matrix.py
+    *("--lengths", "--steps", "--variants", "--checkpointing", "--baseline", "--block"),  # benchmarks/train_step.py
     *("--force_model", "--continuous_batching"),  # transformers serve
 }
 SCHEMAS = {  # document → what its options are

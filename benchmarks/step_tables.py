@@ -1,0 +1,80 @@
+"""The tables of train_step.py."""
+
+import argparse
+from dataclasses import dataclass, field
+
+import torch
+from step_costs import peak_rate
+
+from sparsekv.version import commit
+
+DENSE = "dense masks, full logits"
+PARTS = ("teacher", "student", "scores", "head", "backward", "rest")
+
+
+@dataclass
+class Row:
+    """A line of the tables: what is run, and what was found."""
+
+    name: str
+    length: int
+    compiled: bool
+    seconds: float | str = ""  # a step, or why there is none
+    flops: float = 0.0  # of the floor
+    first: float = 0.0  # seconds of the first step, compilation included
+    graphs: int = 0  # compiled after the warm-up
+    peak: float | None = None  # GiB
+    parts: dict[str, float] = field(default_factory=dict)  # seconds a step
+    check: tuple[float, float] | None = None  # relative difference of the loss, cosine of the gradients
+
+
+def tables(options: argparse.Namespace, rows: list[Row], rate: float) -> str:
+    """All figures as Markdown."""
+    on_gpu = options.device == "cuda"
+    where = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    floors = {row.length: f"{1000 * row.flops / rate:,.0f} ms for {row.length:,} tokens" for row in rows}
+    whole = ("step", "tokens", "ms", "tokens/s", "× control", "× floor", "MFU", "peak GiB", "first step s")
+    text = (
+        f"{options.shape}, {'bfloat16' if on_gpu else 'float32'}, batch of {options.batch_size}, "
+        f"{'with' if options.checkpointing else 'without'} checkpointing, {where}, torch {torch.__version__}; mean of "
+        f"{options.steps} steps; floor at {rate / 1e12:.3g} TFLOP/s: {', '.join(floors.values())}; "
+        f"commit {commit() or 'unknown'}.\n\n"
+    )
+    text += table(whole, [totals(options, row, rows, rate) for row in rows])
+    timed = [row for row in rows if row.parts and row.name != DENSE]
+    text += table(
+        ("ms of a step", "tokens", *PARTS),
+        [[*title(row), *(f"{1000 * row.parts.get(part, 0):,.1f}" for part in PARTS)] for row in timed],
+    )
+    checked = [[*title(row), f"{row.check[0]:.1e}", f"{row.check[1]:.6f}"] for row in rows if row.check]
+    if checked:
+        text += table(("against dense masks", "tokens", "loss, relative", "gradients, cosine"), checked)
+    return text
+
+
+def totals(options: argparse.Namespace, row: Row, rows: list[Row], rate: float) -> list[str]:
+    """Cells of a row in the table of whole steps."""
+    if isinstance(row.seconds, str):
+        return [*title(row), row.seconds, *["–"] * 6]
+    alike = (other for other in rows if (other.length, other.compiled) == (row.length, row.compiled))
+    control = next((other.seconds for other in alike if other.name == "control"), None)
+    peak = peak_rate(options.device)
+    return [
+        *title(row),
+        f"{1000 * row.seconds:,.0f}",
+        f"{options.batch_size * row.length / row.seconds:,.0f}",
+        f"{row.seconds / control:.2f}" if isinstance(control, float) else "–",
+        f"{row.seconds * rate / row.flops:.2f}",
+        "–" if peak is None else f"{row.flops / row.seconds / peak:.0%}",
+        "–" if row.peak is None else f"{row.peak:.1f}",
+        f"{row.first:.1f}" + (f", {row.graphs} graphs later" if row.graphs else ""),
+    ]
+
+
+def title(row: Row) -> list[str]:
+    return [f"{row.name}, compiled" if row.compiled else row.name, f"{row.length:,}"]
+
+
+def table(columns: tuple[str, ...], cells: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n"

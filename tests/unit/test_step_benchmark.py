@@ -1,0 +1,78 @@
+"""benchmarks/train_step.py: its floor, its comparison with dense masks, and what it says of a row that does not fit."""
+
+import argparse
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def train_step(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("train_step")
+
+
+def options(**changes):
+    values = {"shape": "tiny", "device": "cpu", "batch_size": 2, "steps": 1, "checkpointing": False, "check": True}
+    return argparse.Namespace(**{**values, **changes})
+
+
+def test_the_floor_of_an_8b_is_the_sum_of_its_products(train_step):
+    base = train_step.make_model("qwen3-8b", "bfloat16", "meta")
+    head = 6 * 4096 * 151_936 * 4096
+    layer = 4096 * 128 * (32 + 8 + 8 + 32) + 3 * 4096 * 12_288
+    attention = 9 * 4096**2 * 32 * 128 * 36
+    flops = train_step.step_flops(base, 1, 4096)
+    assert flops == pytest.approx(6 * 36 * layer * 4096 + attention + head, rel=1e-3)
+    assert flops / 787e12 == pytest.approx(0.268, rel=0.02)
+    assert train_step.step_flops(base, 3, 4096) == pytest.approx(3 * flops)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["control", "mixture"])
+def test_a_step_equals_dense_masks_and_full_logits(name, checkpointing, train_step, tmp_path, monkeypatch):
+    row = train_step.Row(name, 128, False)
+    trainer = train_step.make_trainer(options(checkpointing=checkpointing), row, str(tmp_path))
+    trainer.train()
+    difference, cosine = train_step.compare(trainer)
+    assert difference < 1e-6
+    assert cosine > 1 - 1e-6
+    everything_else = None
+    if name == "control":
+        cuts = trainer.current_plan(128).cuts
+        everything_else = {layer: [torch.zeros(2, 2, cut, dtype=torch.bool) for cut in cuts] for layer in range(3)}
+    plain = train_step.dense_loss
+    monkeypatch.setattr(train_step, "dense_loss", lambda *args: plain(*args[:3], everything_else))
+    assert train_step.compare(trainer)[1] < 1 - 1e-4, "what is kept makes no difference"
+
+
+def test_a_row_that_does_not_fit_says_so(train_step):
+    def out_of_memory():
+        raise RuntimeError("CUDA out of memory. Tried to allocate 512 MiB")
+
+    row = train_step.Row("mixture", 64, True)
+    train_step.run(out_of_memory, row)
+    assert row.seconds == "out of memory"
+    timed = train_step.Row("mixture", 64, False, seconds=0.5)
+    train_step.run(out_of_memory, timed)
+    assert timed.seconds == 0.5, "only the comparison did not fit"
+    with pytest.raises(RuntimeError, match="another"):
+        train_step.run(lambda: (_ for _ in ()).throw(RuntimeError("another")), row)
+
+
+def test_the_command_fills_its_block(train_step, tmp_path, monkeypatch):
+    document = tmp_path / "page.md"
+    document.write_text("before\n<!-- train_step cpu -->\n<!-- /train_step cpu -->\nafter\n")
+    flags = "--shape tiny --device cpu --lengths 96 --steps 1 --baseline --check --variants control mixture --doc"
+    monkeypatch.setattr("sys.argv", ["train_step.py", *flags.split(), str(document)])
+    decide = train_step.ForwardEviction.decide
+    train_step.main()
+    assert train_step.ForwardEviction.decide is decide
+    text = document.read_text()
+    assert all(text.count(f"\n| {name} | 96 | ") == 3 for name in ("control", "mixture"))
+    assert text.count(f"\n| {train_step.DENSE} | 96 | ") == 1
+    assert text.count("tiny, float32, batch of 1, without checkpointing") == 1
