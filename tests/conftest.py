@@ -1,6 +1,7 @@
 """Fixtures of all tests. Nothing here or in the tests asks the model hub for anything."""
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -15,6 +16,8 @@ from transformers.utils.logging import disable_progress_bar
 
 torch.set_num_threads(1)
 disable_progress_bar()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; what tests start inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
