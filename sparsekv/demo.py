@@ -2,6 +2,7 @@
 
 Trains a control and an eviction-invariant adapter on the same data, compares base, control and trained with the full
 cache and with caches that presses have evicted, looks at the attention before and after, and makes a page of it all.
+The adapter that the repository ships, trained for longer, answers the same rows.
 """
 
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from rich.console import Console
 
 from sparsekv.analysis.config import AnalysisConfig
 from sparsekv.analysis.run import analyze
+from sparsekv.demo_model import DEMO_MODEL
 from sparsekv.errors import UserError
-from sparsekv.evaluation.comparison.compare import compare
+from sparsekv.evaluation.comparison.compare import ROLES, compare
 from sparsekv.evaluation.matrix.config import EvalConfig, RunConfig
 from sparsekv.evaluation.matrix.run import evaluate
 from sparsekv.report.config import ReportConfig
@@ -27,6 +29,7 @@ from sparsekv.training.run import train
 PRESSES = ("snapkv", "streaming_llm", "knorm", "keydiff")
 RATIO = 0.5
 NEEDLE = "niah_single_2"  # a number hidden in natural text
+SHIPPED = Path(__file__).parents[1] / "assets/smollm2-135m-eit"  # an installed package comes without it
 TRAINING_ROW = 320
 ANALYZED_ROWS = 6
 
@@ -53,7 +56,7 @@ class DemoConfig:
         Of data, training and evaluation.
     """
 
-    model: str = "smollm2-135m"
+    model: str = DEMO_MODEL
     output_dir: str = "out/demo"
     max_steps: int = 24
     batch_size: int = 2
@@ -80,15 +83,20 @@ def demo(config: DemoConfig) -> bool:
             if train(training_config(config, folder, control=name == "control")) is None:
                 return False
     matrix = evaluation_config(config, out)
-    console.rule("evaluating: base, control, trained")
+    console.rule(f"evaluating: {', '.join(matrix.runs)}")
     if evaluate(matrix) is not None:
         return False
-    compare([str(folder) for folder in matrix.folders()], str(out))
+    folders = {folder.name: str(folder) for folder in matrix.folders()}
+    compare([folders[role] for role in ROLES], str(out))
+    if "shipped" in folders:
+        console.rule(f"{SHIPPED.parent.name}/{SHIPPED.name} on the same rows, against base")
+        compare([folders["base"], folders["shipped"]], str(out / "shipped"))
     console.rule("analyzing the attention: base, trained")
     if analyze(analysis_config(config, out)) is not None:
         return False
     console.rule("written")
-    for path in (out / "compare.md", *report(ReportConfig([str(out)], str(out / "report.html"), figures=True))):
+    shown = [*(folders[role] for role in ROLES), *(str(out / name) for name in ("control", "trained", "attention"))]
+    for path in (out / "compare.md", *report(ReportConfig(shown, str(out / "report.html"), figures=True))):
         console.print(str(path), highlight=False)
     return True
 
@@ -123,8 +131,10 @@ def fastest_dtype() -> str:
 
 
 def evaluation_config(config: DemoConfig, out: Path) -> EvalConfig:
-    """Three models, two benchmarks on text that training did not see, four presses."""
+    """Base, control, trained and what is shipped; two benchmarks on text that training did not see, four presses."""
     adapters = {"base": None, **{name: str(out / name / FINAL) for name in ("control", "trained")}}
+    if config.model == DEMO_MODEL and SHIPPED.is_dir():
+        adapters["shipped"] = str(SHIPPED)
     sized: dict[str, Any] = {"context_length": config.context_length, "num_samples": config.num_samples}
     return EvalConfig(
         runs={name: RunConfig(config.model, adapter) for name, adapter in adapters.items()},

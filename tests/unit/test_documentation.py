@@ -337,7 +337,7 @@ def user_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "LICENSE", tmp_path)
     adapted = models.attach_lora(make_tiny("llama"), 4, 8, ["q_proj", "v_proj"])
-    adapted.save_pretrained(tmp_path / "out" / "smollm2" / "final")
+    adapted.save_pretrained(tmp_path / "assets" / "smollm2-135m-eit")
     monkeypatch.setattr(models, "load_model", lambda name: make_tiny("llama"))
     monkeypatch.setattr(models, "load_tokenizer", lambda name: make_tiny_tokenizer())
     return tmp_path

@@ -12,6 +12,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from sparsekv.anchors import AnchorConfig
 from sparsekv.cli import main
+from sparsekv.demo import SHIPPED
 from sparsekv.inference import session as session_module
 from sparsekv.inference.anchor_cache import AnchorCache
 from sparsekv.inference.config import GenerateConfig
@@ -336,6 +337,7 @@ def needle_context(tokens: int, place: float, tokenizer) -> str:
     [
         (1.0, {}, 0.3, True),
         (1.0, {"budget": 128}, 0.07, True),
+        (1.0, {"budget": 128, "adapter": str(SHIPPED)}, 0.07, True),
         (0.6, {"anchors": AnchorConfig(recent_size=1000)}, 0.7, True),
         (0.6, {}, 0.3, False),  # evicted
         (0.6, {"keep": "full"}, 1, True),
