@@ -26,7 +26,7 @@ from shapes import SHAPES, make_model, make_tokenizer
 from step_costs import Clock, matrix_rate, step_flops, synchronized
 from step_tables import DENSE, Row, tables
 from transformers import TrainerCallback
-from transformers.utils.logging import set_verbosity_error
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import sparsekv.training.eit_trainer
 from sparsekv.files import fill_block
@@ -38,8 +38,8 @@ from sparsekv.training.eviction import ForwardEviction
 from sparsekv.training.run import training_arguments
 
 WARM_UP = 2  # steps
-LENGTHS = {"cuda": [2048, 4096], "cpu": [256]}
-STEPS = {"cuda": 8, "cpu": 3}
+LENGTHS = {"cuda": [2048, 4096], "cpu": [128]}
+STEPS = {"cuda": 8, "cpu": 2}
 KEEP = {"scheduler_mode": "fixed", "min_keep_ratio": 0.3}
 VARIANTS: dict[str, dict[str, Any]] = {
     "control": {"control": True},
@@ -67,6 +67,7 @@ def main() -> None:
     options.lengths = options.lengths or LENGTHS[options.device]
     options.steps = options.steps or STEPS[options.device]
     set_verbosity_error()
+    disable_progress_bar()
     rate = matrix_rate(options.device)
     rows: list[Row] = []
     try:
