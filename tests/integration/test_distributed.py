@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from launching import ACCELERATE, fsdp_environment
 from safetensors.torch import load_file
 from tiny import run_options, train_config
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -28,12 +29,6 @@ from sparsekv.training.run import train
 pytestmark = pytest.mark.slow
 
 TIMEOUT = 240  # seconds
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
-}
 
 
 # ---- what the two processes run ----
@@ -70,7 +65,7 @@ def work(jobs: list[dict]):
 
         def make_trainer(*args, job=job):
             trainer = plain(*args)
-            assert trainer.is_fsdp_enabled == ("environment" in job)
+            assert trainer.is_fsdp_enabled == bool(job.get("environment"))
             if job.get("bf16"):
                 trainer.accelerator.state.fsdp_plugin.set_mixed_precision("bf16")
             if job.get("stop"):
@@ -111,16 +106,20 @@ def runs(tmp_path_factory) -> Path:
     one, two, every = {**options, "batch_size": 2}, {**options, "batch_size": 1}, {"lora_r": 0, "lr": 1e-4}
     train(train_config(one, folder / "one"))
     train(train_config({**one, **every}, folder / "one_every"))
+    half = {"dtype": "bfloat16"}  # of the base, as in the real runs; the adapter stays in float32
+    train(train_config({**one, **half}, folder / "one_half"))
+    ddp, fsdp = (fsdp_environment(ACCELERATE / f"{name}.yaml") for name in ("ddp", "fsdp2"))
     jobs = [
-        {"output_dir": "ddp", "options": two},
+        {"output_dir": "ddp", "options": two, "environment": ddp},
         {"output_dir": "stopped", "options": two, "stop": True},
         {"output_dir": "stopped", "options": {**two, "resume": True}},
-        {"output_dir": "fsdp", "options": two, "environment": FSDP},
-        {"output_dir": "fsdp_bf16", "options": two, "environment": FSDP, "bf16": True},
-        {"output_dir": "fsdp_stopped", "options": two, "environment": FSDP, "stop": True},
-        {"output_dir": "fsdp_stopped", "options": {**two, "resume": True}, "environment": FSDP},
+        {"output_dir": "fsdp", "options": two, "environment": fsdp},
+        {"output_dir": "fsdp_bf16", "options": two, "environment": fsdp, "bf16": True},
+        {"output_dir": "fsdp_stopped", "options": two, "environment": fsdp, "stop": True},
+        {"output_dir": "fsdp_stopped", "options": {**two, "resume": True}, "environment": fsdp},
         {"output_dir": "ddp_every", "options": {**two, **every}},
-        {"output_dir": "fsdp_every", "options": {**two, **every}, "environment": FSDP},
+        {"output_dir": "fsdp_every", "options": {**two, **every}, "environment": fsdp},
+        {"output_dir": "fsdp_half", "options": {**two, **half}, "environment": fsdp},
     ]
     launch([{**job, "output_dir": str(folder / job["output_dir"])} for job in jobs], folder)
     return folder
@@ -134,16 +133,16 @@ def adapter(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "final" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_two_processes_equal_one(runs, name):
-    wanted, found = metrics(runs / "one"), metrics(runs / name)
+@pytest.mark.parametrize(("one", "name"), [("one", "ddp"), ("one", "fsdp"), ("one_half", "fsdp_half")])
+def test_two_processes_equal_one(runs, one, name):
+    wanted, found = metrics(runs / one), metrics(runs / name)
     selection = [line["selection"] for line in wanted if "loss" in line]
     assert sum(figure > 0 for figure in selection) > 1, "all but the steps that draw no rule with a score"
     for line, other in zip(wanted, found, strict=True):
         assert line.keys() == other.keys()
         for figure in line.keys() - {"tokens_per_second"}:
             assert other[figure] == pytest.approx(line[figure], rel=1e-5, abs=1e-5), figure
-    weights, others = adapter(runs / "one"), adapter(runs / name)
+    weights, others = adapter(runs / one), adapter(runs / name)
     assert weights.keys() == others.keys()
     for key in weights:
         torch.testing.assert_close(weights[key], others[key], atol=1e-5, rtol=0)
