@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sparsekv.errors import UserError
 from sparsekv.files import write_json, writing
 from sparsekv.observe import observing
 from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.callbacks import ScheduleCallback
 from sparsekv.training.config import EITConfig
+from sparsekv.training.hidden_states import last_hidden, require_plain_head, run_with_loss
 from sparsekv.training.kv_dropout import KVDropoutContext, base_of
 from sparsekv.training.loss import IGNORE_INDEX, LogitSums, distillation_loss, sums_from_logits
 from sparsekv.training.meter import Meter
@@ -65,7 +65,7 @@ class EITTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.base = base_of(model)
-        _require_plain_head(self.base)
+        require_plain_head(self.base)
         args.remove_unused_columns = False
         kwargs.setdefault("data_collator", default_data_collator)  # rows are packed: nothing to pad
         super().__init__(model, args, processing_class=tokenizer, **kwargs)
@@ -345,68 +345,8 @@ def loss_tokens(input_ids: Tensor, attention_mask: Tensor | None, first_query: i
     return labels, context
 
 
-def run_with_loss(
-    model: nn.Module, base: PreTrainedModel, inputs: dict[str, Tensor], head_loss: Callable[[Tensor, nn.Module], Tensor]
-) -> Tensor:
-    """Run `model` (maybe wrapped by DDP or FSDP) and compute a scalar loss where its head would make logits.
-
-    The loss must be part of the wrapped model's own forward pass and output: FSDP gathers the head's weights only
-    there. `head_loss` gets the last hidden states, [B, L, D], and the head.
-    """
-    found: dict[str, Tensor] = {}
-
-    def replace_logits(head: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        handle.remove()  # `head_loss` calls the head itself
-        found["loss"] = head_loss(found["hidden"], head)
-        return found["loss"]
-
-    handle = base.get_output_embeddings().register_forward_hook(replace_logits)
-    try:
-        with _capture(base, found):
-            output = model(**_forward_inputs(inputs)).logits
-        loss = found["loss"]
-        output = output.to(loss)  # accelerate may have moved it, FSDP rounds it to bfloat16
-        return output + (loss - output).detach()
-    finally:
-        handle.remove()
-
-
-def last_hidden(model: nn.Module, base: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """The decoder's last hidden states, [B, L, D], without the head's logits."""
-    found: dict[str, Tensor] = {}
-    with _capture(base, found):
-        model(**_forward_inputs(inputs))
-    return found["hidden"]
-
-
-@contextlib.contextmanager
-def _capture(base: PreTrainedModel, found: dict[str, Tensor]) -> Iterator[None]:
-    def keep(module: nn.Module, args: tuple, output: Any) -> None:
-        found["hidden"] = output[0]
-
-    handle = base.get_decoder().register_forward_hook(keep)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _forward_inputs(inputs: dict[str, Tensor]) -> dict[str, Any]:
-    known: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
-    return {**known, "use_cache": False, "logits_to_keep": 1}  # the one token's logits are thrown away
-
-
 def _cross_entropy(labels: Tensor) -> Callable[[Tensor, nn.Module], Tensor]:
     def head_loss(hidden: Tensor, head: nn.Module) -> Tensor:
         return distillation_loss(hidden.flatten(0, 1), None, labels.flatten(), head, head).ce
 
     return head_loss
-
-
-def _require_plain_head(model: PreTrainedModel) -> None:
-    """Some models scale or cap their logits after the head; the chunked loss would miss that."""
-    config = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        value = getattr(config, name, None)
-        if value not in (None, 1, 1.0):
-            raise UserError(f"--model {model.name_or_path}: its {name} = {value} is not supported in training")
