@@ -1,4 +1,4 @@
-"""The last hidden states, from inside a model's forward pass, and a loss where its head would make logits of them all."""
+"""The last hidden states, from inside a model's forward pass, and a loss there in place of all the logits."""
 
 import contextlib
 from collections.abc import Callable, Iterator
