@@ -5,6 +5,7 @@ cache and with caches that presses have evicted, looks at the attention before a
 The adapter that the repository ships, trained for longer, answers the same rows.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def evaluation_config(config: DemoConfig, out: Path) -> EvalConfig:
     """Base, control, trained and what is shipped; two benchmarks on text that training did not see, four presses."""
     adapters = {"base": None, **{name: str(out / name / FINAL) for name in ("control", "trained")}}
     if config.model == DEMO_MODEL and SHIPPED.is_dir():
-        adapters["shipped"] = str(SHIPPED)
+        adapters["shipped"] = os.path.relpath(SHIPPED)
     sized: dict[str, Any] = {"context_length": config.context_length, "num_samples": config.num_samples}
     return EvalConfig(
         runs={name: RunConfig(config.model, adapter) for name, adapter in adapters.items()},
