@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from dense_reference import random_keep
-from step_costs import synchronized
+from step_costs import out_of_memory, synchronized
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -66,7 +66,7 @@ def compare(options: argparse.Namespace, length: int, keep: float) -> list[list[
             results = forward_backward(attend, tensors)
             cells = measure(partial(forward_backward, attend, tensors), options)
         except RuntimeError as error:
-            if "out of memory" not in str(error):
+            if not out_of_memory(error):
                 raise
             results, cells = None, ["out of memory", "–"]
         gc.collect()

@@ -35,7 +35,7 @@ from decode_caches import (
 from decode_tables import GIB, PREFILLS, batches_that_fit, prefill_table, table, weight_bytes
 from rich.console import Console
 from shapes import make_model
-from step_costs import synchronized
+from step_costs import out_of_memory, synchronized
 from transformers import DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
@@ -109,8 +109,8 @@ def run(measured: Callable[[], float], name: Any) -> tuple[float | str, float | 
         result = measured()
     except ImportError as error:
         result = f"{error.name} is not installed"
-    except RuntimeError as error:  # torch.compile wraps an error of memory in its own
-        if "out of memory" not in str(error) and "ALLOC_FAILED" not in str(error):
+    except RuntimeError as error:
+        if not out_of_memory(error):
             raise
         result = "out of memory"
     say(f"{name}: {result if isinstance(result, str) else f'{1000 * result:.2f} ms'}")

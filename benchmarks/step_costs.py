@@ -61,6 +61,11 @@ def peak_rate(device: str) -> float | None:
     return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether that is what it says: torch.compile wraps such an error in its own, and libraries have theirs."""
+    return "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
+
+
 def synchronized() -> float:
     """The time at which the device has nothing left to do."""
     if torch.cuda.is_available():

@@ -32,7 +32,7 @@ def tables(options: argparse.Namespace, rows: list[Row], rate: float) -> str:
     """All figures as Markdown."""
     on_gpu = options.device == "cuda"
     where = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    floors = {row.length: f"{1000 * row.flops / rate:,.0f} ms for {row.length:,} tokens" for row in rows}
+    floors = {row.length: f"{1000 * row.flops / rate:,.0f} ms for {row.length:,} tokens" for row in rows if row.flops}
     whole = ("step", "tokens", "ms", "tokens/s", "× control", "× floor", "MFU", "peak GiB", "first step s")
     text = (
         f"{options.shape}, {'bfloat16' if on_gpu else 'float32'}, batch of {options.batch_size}, "
@@ -64,7 +64,7 @@ def totals(options: argparse.Namespace, row: Row, rows: list[Row], rate: float) 
         f"{1000 * row.seconds:,.0f}",
         f"{options.batch_size * row.length / row.seconds:,.0f}",
         f"{row.seconds / control:.2f}" if isinstance(control, float) else "–",
-        f"{row.seconds * rate / row.flops:.2f}",
+        f"{row.seconds * rate / row.flops:.2f}" if options.device == "cuda" else "–",
         "–" if peak is None else f"{row.flops / row.seconds / peak:.0%}",
         "–" if row.peak is None else f"{row.peak:.1f}",
         f"{row.first:.1f}" + (f", {row.graphs} graphs later" if row.graphs else ""),

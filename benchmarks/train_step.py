@@ -23,7 +23,7 @@ import torch._dynamo
 from datasets import Dataset
 from dense_reference import DenseTrainer, dense_attention, dense_loss
 from shapes import SHAPES, make_model, make_tokenizer
-from step_costs import Clock, matrix_rate, step_flops, synchronized
+from step_costs import Clock, matrix_rate, out_of_memory, step_flops, synchronized
 from step_tables import DENSE, Row, tables
 from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -96,8 +96,8 @@ def run(measured: Callable[[], None], row: Row) -> None:
     torch._dynamo.reset()
     try:
         measured()
-    except RuntimeError as error:  # torch.compile wraps an error of memory in its own
-        if "out of memory" not in str(error) and "ALLOC_FAILED" not in str(error):
+    except RuntimeError as error:
+        if not out_of_memory(error):
             raise
         row.seconds = row.seconds or "out of memory"
     gc.collect()
@@ -182,7 +182,7 @@ class Stopwatch(TrainerCallback):
             if self.options.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             self.begun = synchronized()
-            row.graphs = -graphs()
+            self.graphs = graphs()
         elif done == WARM_UP + steps:
             row.seconds = (synchronized() - self.begun) / steps
             if self.options.device == "cuda":
@@ -190,7 +190,7 @@ class Stopwatch(TrainerCallback):
             self.clock.start(self.functions)
         elif done == WARM_UP + 2 * steps:
             row.parts = {part: seconds / steps for part, seconds in self.clock.stop().items()}
-            row.graphs += graphs()
+            row.graphs = graphs() - self.graphs
 
 
 def graphs() -> int:
