@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sparsekv.errors import UserError, require
@@ -27,9 +28,13 @@ def main(final: Path, shipped: Path) -> None:
     """Write the folder `shipped`, whole or not at all; raise UserError for a folder that is no adapter's."""
     missing = [name for name in (WEIGHTS, SETTINGS, RUN_CONFIG, CARD) if not (final / name).is_file()]
     require(not missing, f"{final}: is no folder of a trained adapter (it lacks {', '.join(missing)})")
-    weights = {name: weight.bfloat16() for name, weight in load_file(final / WEIGHTS).items()}
-    settings = json.loads((final / SETTINGS).read_text("utf-8"))
-    if Path(settings["base_model_name_or_path"]).exists():  # on this machine, and on no other
+    try:
+        weights = {name: weight.bfloat16() for name, weight in load_file(final / WEIGHTS).items()}
+        settings = json.loads((final / SETTINGS).read_text("utf-8"))
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{final}: {WEIGHTS} or {SETTINGS} is corrupt ({error})") from error
+    base = settings.get("base_model_name_or_path")
+    if base and Path(base).exists():  # on this machine, and on no other
         settings["base_model_name_or_path"] = None
     with new_folder(shipped, "folder") as folder:
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})

@@ -1,6 +1,7 @@
 """An adapter as it is shipped, and the one that is."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,18 @@ def test_what_is_shipped_is_small_and_of_the_recipe(tmp_path):
     recipe = Path(__file__).parents[2] / "configs/smollm2_135m.yaml"
     _, values = parse(["train", "--config", str(recipe), "--output_dir", str(tmp_path / "out")])
     assert changed_options(record["config"], TrainConfig(**values)) == {}
+
+
+def test_what_is_shipped_can_be_shipped_again(tmp_path):
+    main(SHIPPED, tmp_path / "again")
+    assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == (
+        SHIPPED / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_corrupt_weights(final, tmp_path):
+    shutil.copytree(final, tmp_path / "final")
+    (tmp_path / "final/adapter_model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match="corrupt"):
+        main(tmp_path / "final", tmp_path / "shipped")
+    assert not (tmp_path / "shipped").exists()
