@@ -1,6 +1,7 @@
 """A step over tensors that stay, as a CUDA graph: all its kernels are launched at once."""
 
 import logging
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,8 @@ logger = logging.getLogger(__name__)
 
 def capture(rehearse: Callable[[], Tensor], step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
     """Record a step that reads and writes the same tensors each time; it runs when the graph is replayed.
+
+    The tensors lie on the current CUDA device: what runs on another one would not be recorded.
 
     Parameters
     ----------
@@ -33,10 +36,10 @@ def capture(rehearse: Callable[[], Tensor], step: Callable[[], Tensor]) -> tuple
     graph, waits = torch.cuda.CUDAGraph(), torch.cuda.get_sync_debug_mode()
     try:
         rehearse()
-        torch.cuda.set_sync_debug_mode("error")
+        _when_waiting("error")
         rehearse()
-        torch.cuda.set_sync_debug_mode(waits)
-        with torch.cuda.graph(graph):
+        _when_waiting(waits)
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # its default is of the first device that captured
             output = step()
     except torch.cuda.OutOfMemoryError:
         raise
@@ -44,5 +47,11 @@ def capture(rehearse: Callable[[], Tensor], step: Callable[[], Tensor]) -> tuple
         logger.warning("decoding without a CUDA graph: %s", str(error).splitlines()[0])
         return None
     finally:
-        torch.cuda.set_sync_debug_mode(waits)
+        _when_waiting(waits)
     return graph, output
+
+
+def _when_waiting(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is a prototype
+        torch.cuda.set_sync_debug_mode(mode)

@@ -76,6 +76,7 @@ def new_folder(folder: Path, flag: str = "--output_dir") -> Iterator[Path]:
         Names the flag: `folder` holds something, or cannot be written.
     """
     check_new(folder, flag)
+    folder = folder.absolute()
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
         with writing(folder, flag):
@@ -92,6 +93,7 @@ def check_new(folder: Path, flag: str = "--output_dir") -> None:
     """Raise UserError, naming the flag, when there is more than an empty folder already."""
     free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     require(free, f"{flag} {folder}: exists already; name a new folder")
+    require(folder.resolve() != Path.cwd(), f"{flag} {folder}: is the working directory; name a new folder")
     check_writable(folder, flag)
 
 

@@ -203,8 +203,23 @@ def merge_adapter(model_name: str, adapter: str | Path, output_dir: str | Path) 
     merged = load_adapter(load_model(model_name), adapter).merge_and_unload()
     tokenizer = load_tokenizer(model_name)
     with new_folder(Path(output_dir)) as folder:
-        merged.save_pretrained(folder)
+        save_model(merged, folder, model_name)
         tokenizer.save_pretrained(folder)
+
+
+def save_model(model: PreTrainedModel | PeftModel, folder: Path, name: str) -> None:
+    """Write a model, or an adapter, that `--model name` led to.
+
+    Raises
+    ------
+    UserError
+        Its generation settings contradict each other: transformers loads such a model with a warning, and saves none.
+    """
+    try:
+        model.save_pretrained(str(folder))
+    except ValueError as error:
+        lines = [line for line in str(error).splitlines() if line.startswith("- ")] or str(error).splitlines()
+        raise UserError(f"--model {name}: its generation_config.json is not valid ({lines[0]})") from error
 
 
 def _load(auto_class: Any, name: str, source: str, **options: Any) -> Any:

@@ -164,6 +164,9 @@ def _submit_chain(steps: Sequence[Step], site: Site, book: Book) -> int:
                 book.add(Entry(step.name, new[-1], step.phase.fingerprint, SLURM, log))
             except UserError as error:
                 raise UserError(f"{step.phase.label}: {error}{_undo(new)}") from error
+            except KeyboardInterrupt:  # again, while sbatch is waited for
+                print(f"stopped{_undo(new)}", file=sys.stderr)
+                raise
             if stop.number is not None:
                 print(f"stopped{_undo(new)}", file=sys.stderr)
                 return 128 + stop.number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 
@@ -44,6 +45,8 @@ def chat(config: ChatConfig) -> None:
 def turns() -> Iterator[str]:
     """Lines of the standard input that are not blank; at a terminal, asked for."""
     prompt = "> " if sys.stdin.isatty() else ""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="strict")  # in some locales it lets any byte pass
     while True:
         try:
             line = input(prompt).strip()

@@ -14,7 +14,7 @@ from sparsekv.inference.bundle import bundle
 from sparsekv.inference.config import ExportConfig
 from sparsekv.inference.export_card import export_card
 from sparsekv.inference.shrunk_cache import check_layers
-from sparsekv.models import load_adapter, load_model, load_tokenizer
+from sparsekv.models import load_adapter, load_model, load_tokenizer, save_model
 from sparsekv.tokens import TokenClass, classify_vocabulary
 from sparsekv.version import VERSION
 
@@ -63,7 +63,7 @@ def export(config: ExportConfig) -> Path:
         saved = load_adapter(model, config.adapter)
         saved = saved.merge_and_unload() if config.merge else saved
     with new_folder(Path(config.output_dir)) as folder:
-        saved.save_pretrained(folder)
+        save_model(saved, folder, config.model)
         tokenizer.save_pretrained(folder)
         write_text(folder / "custom_generate" / "generate.py", code)
         write_text(folder / "README.md", export_card(config, tokenizer.chat_template is not None))

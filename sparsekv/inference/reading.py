@@ -32,8 +32,9 @@ def read(
     """
     decoder, real = model.get_decoder(), real_tokens(input_ids, attention_mask).long()
     position, length = (real.cumsum(-1) - 1).clamp(min=0), input_ids.shape[1]
-    for start in range(cache.get_seq_length(), length, chunk or length):
-        end = min(start + (chunk or length), length)
+    step = chunk or max(length, 1)
+    for start in range(cache.get_seq_length(), length, step):
+        end = min(start + step, length)
         decoder(
             input_ids=input_ids[:, start:end],
             attention_mask=real[:, :end],

@@ -8,6 +8,8 @@ Shapes: B rows, H query heads, G key/value heads, S new tokens, N slots, D head 
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, Cache
+
+logger = logging.getLogger(__name__)
 
 STATIC_ATTENTION = "sparsekv_static"
 
@@ -54,11 +58,20 @@ class StaticPass(NamedTuple):
 
 
 def _has_kernel(keys: Tensor) -> bool:
-    if not keys.is_cuda:
-        return False
+    return keys.is_cuda and _runs(keys.device, keys.dtype, keys.shape[-1])
+
+
+@functools.cache
+def _runs(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Whether the kernel works here: torch for CUDA comes with Triton, but Triton needs a C compiler, too."""
     try:
-        import triton  # noqa: F401
-    except ImportError:  # torch for CUDA comes with it, except on Windows
+        from sparsekv.inference.flash_decoding import flash_decoding
+
+        entries = torch.zeros(1, 1, 16, dim, device=device, dtype=dtype)
+        flash_decoding(entries[:, :, :1], entries, entries, torch.ones(1, dtype=torch.long, device=device), 1.0)
+    except Exception as error:  # Triton has errors of many kinds
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        logger.warning("attention without a kernel of its own: %s", lines[0])
         return False
     return True
 

@@ -46,7 +46,7 @@ class StaticStep:
 
         What a one-token step returns is overwritten by the next.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.cuda.device_of(self.lengths), torch.inference_mode(False), torch.no_grad():
             if ids.shape[1] == 1 and self.graph is None and self._may_capture:
                 self._capture(ids, real, positions)
             if ids.shape[1] > 1 or self.graph is None:

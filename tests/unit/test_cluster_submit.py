@@ -233,6 +233,16 @@ def test_ctrl_c_leaves_no_half_of_a_chain(site, capsys):
     assert site.calls("scancel") == [["101"]]
 
 
+def test_nor_does_an_impatient_one(site, capsys, monkeypatch):
+    monkeypatch.setattr("sparsekv.signals.ECHO", 0.1)
+    again = "kill -INT $PPID; sleep 0.5; kill -INT $PPID; sleep 30"  # while the second job is being submitted
+    count = site.folder / "count"
+    site.program("sbatch", f"#!/bin/sh\nif [ -e {count} ]; then {again}; fi\ntouch {count}\necho 101\n")
+    assert submit("pipeline", "--model", "tiny", "--yes") == 130
+    assert "stopped; cancelled again: job 101" in capsys.readouterr().err
+    assert site.calls("scancel") == [["101"]]
+
+
 def test_what_a_command_of_slurm_inherits(monkeypatch):
     """No Ctrl-C, which may leave a job that nobody knows; none of the variables that hide jobs."""
     monkeypatch.setenv("SQUEUE_STATES", "RUNNING")

@@ -14,7 +14,7 @@ def gpu(monkeypatch):
     state = {"mode": 0, "captured": 0}
 
     @contextlib.contextmanager
-    def graph(graph):
+    def graph(graph, stream):
         assert state["mode"] == 0
         state["captured"] += 1
         yield
@@ -22,6 +22,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: state["mode"])
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: state.update(mode=mode))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     return state
 

@@ -1,12 +1,13 @@
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from sparsekv.errors import UserError
-from sparsekv.files import write_json, write_text, writing
+from sparsekv.files import new_folder, write_json, write_text, writing
 
 
 def test_written_whole_and_readable_by_others(tmp_path):
@@ -71,3 +72,19 @@ def test_other_failures_stay_what_they_are(tmp_path, error):
     with pytest.raises(type(error)) as raised, writing(tmp_path):
         raise error
     assert raised.value is error
+
+
+def test_a_new_folder_is_whole_or_not_there(tmp_path, monkeypatch):
+    with new_folder(tmp_path / "a" / "made") as folder:
+        (folder / "file").touch()
+        assert not (tmp_path / "a" / "made").exists()
+    assert os.listdir(tmp_path / "a") == ["made"]
+    with pytest.raises(KeyError), new_folder(tmp_path / "b"):
+        raise KeyError
+    assert os.listdir(tmp_path) == ["a"]
+    with pytest.raises(UserError, match="exists already"), new_folder(tmp_path / "a"):
+        pass
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"--output_dir \.: is the working directory"), new_folder(Path(".")):
+        pass

@@ -355,3 +355,11 @@ def test_a_needle_is_found_where_it_is_kept(tmp_path, capsys, place, changes, mo
     assert tokens == pytest.approx(2000, abs=100)
     assert after / before == pytest.approx(kept / tokens, rel=0.05)
     assert kept <= most * tokens
+
+
+def test_nothing_to_read():
+    """As in a chat whose first turn is one token: it is left for the answer."""
+    model = make_sharp("llama")
+    cache = DynamicCache(config=model.config)
+    read(model, cache, torch.zeros(1, 0, dtype=torch.long))
+    assert cache.get_seq_length() == 0

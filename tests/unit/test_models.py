@@ -34,6 +34,7 @@ def base(tmp_path, tiny_llama, tiny_tokenizer) -> Path:
 @pytest.fixture
 def adapter(tmp_path, base) -> Path:
     """An adapter that changes the logits of `base`."""
+    torch.manual_seed(0)
     model = attach_lora(load_model(str(base)), 4, 8, ATTENTION)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -258,3 +259,12 @@ def test_adapter_of_another_base(base, adapter, tmp_path, changes, why):
 def test_folder_that_is_no_adapter(base, tiny_llama):
     with pytest.raises(UserError, match=r"--adapter .*base: this folder holds no adapter \(no adapter_config\.json\)"):
         load_adapter(tiny_llama(), base)
+
+
+def test_generation_settings_that_cannot_be_saved(base, adapter, tmp_path):
+    """transformers loads such a model with a warning, and raises when it is saved."""
+    shutil.copytree(base, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"temperature": 0.5}')
+    with pytest.raises(UserError, match=r"--model .*model: its generation_config.json is not valid \(.*temperature"):
+        merge_adapter(str(tmp_path / "model"), adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -36,7 +36,8 @@ class PaddedForward:
         The logits are overwritten by the next call.
         """
         if ids.shape[1] == 1 and self._graph is None and self._may_capture and steps_left >= WORTH_A_GRAPH:
-            self._capture(ids, positions)
+            with torch.cuda.device_of(self.cache.padded[0].keys):
+                self._capture(ids, positions)
         if ids.shape[1] == 1 and self._graph is not None:
             self._ids.copy_(ids)
             self._positions.copy_(positions)
