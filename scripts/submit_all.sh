@@ -7,4 +7,8 @@ if [ $# -eq 0 ]; then
     echo "usage: [BATCH=4] [GPUS=1] bash scripts/submit_all.sh qwen3 | llama | qwen3_trained | llama_trained" >&2
     exit 2
 fi
+if ! type -P sparsekv > /dev/null; then
+    echo "submit_all.sh: sparsekv is not on the PATH; activate its environment, such as . .venv/bin/activate" >&2
+    exit 2
+fi
 exec sparsekv submit "$1" --yes ${BATCH:+--batch "$BATCH"} ${GPUS:+--gpus "$GPUS"} "${@:2}"

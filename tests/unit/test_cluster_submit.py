@@ -307,6 +307,9 @@ def test_submit_all(site, tmp_path):
     said = (tmp_path / "said").read_text().split()
     assert said == ["submit", "qwen3_trained", "--yes", "--batch", "2", "--gpus", "1", "--dry-run"]
     assert subprocess.run(script, env=environment, capture_output=True).returncode == 2
+    nowhere = subprocess.run([*script, "qwen3"], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert nowhere.returncode == 2
+    assert "sparsekv is not on the PATH" in nowhere.stderr
 
 
 # ---- names that a shell would run ----
