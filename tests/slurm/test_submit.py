@@ -145,6 +145,8 @@ def said(account) -> str:
     said = account.type(*four_commands()[:3], answer="y\n")
     jobs = account.jobs()
     assert list(jobs) == list(PHASES)
+    waits = r"pending \(.*Dependency"  # Slurm gives its reason some moments after the job
+    wait_until(lambda: re.match(waits, account.status()["trained"]), "why phase 3 waits")
     assert account.cluster.wait(*jobs.values()) == ["COMPLETED"] * 5, account.status()
     return said
 
@@ -160,7 +162,7 @@ def test_from_a_clone_to_the_report_with_four_commands(account, said):
     assert "about 0.01 GPU-hours" in said
     assert len(re.findall(r"(?m)phase \d \w+: job \d+$", said)) == 5
     under_way = said[said.rindex("qwen3: ") :]
-    assert re.search(r"phase 3 trained: pending \(.*job \d+", under_way)  # Slurm gives its reason some moments later
+    assert re.search(r"phase 3 trained: pending \(.*job \d+", under_way)
     account.type(". .venv/bin/activate", four_commands()[3])
     page = (account.folder / "results/qwen3/report.html").read_text("utf-8")
     assert all(run in page for run in ("qwen3-8b-base", "qwen3-8b-control", "qwen3-8b-trained"))
