@@ -17,7 +17,12 @@ from sparsekv.files import new_folder, write_json, write_text
 from sparsekv.training.record import RUN_CONFIG
 
 WEIGHTS, SETTINGS, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
-LICENCE = """
+LIMITS = """
+## Limits
+
+[docs/results.md](../../docs/results.md) has it beside its control, and what failed: among other things, its training
+text holds no conversation, and as an assistant it is worse than its base.
+
 ## Licence
 
 Apache-2.0, as the base model. The weights are those of the training in bfloat16.
@@ -40,7 +45,7 @@ def main(final: Path, shipped: Path) -> None:
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         write_json(folder / SETTINGS, settings)
         shutil.copyfile(final / RUN_CONFIG, folder / RUN_CONFIG)
-        write_text(folder / CARD, (final / CARD).read_text("utf-8") + LICENCE)
+        write_text(folder / CARD, (final / CARD).read_text("utf-8") + LIMITS)
 
 
 if __name__ == "__main__":
