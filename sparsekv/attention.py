@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from sparsekv.packed_attention import packed_attention, packs
+
 
 def two_region_mask(keeps: Sequence[Tensor], cuts: Sequence[int], length: int) -> Tensor:
     """Allowed pairs when the cache is evicted at each cut, as at inference.
@@ -116,6 +118,8 @@ def two_region_attention(
 ) -> Tensor:
     """Fast path: plain causal attention before the first cut, gathered keys after it; no dense mask on a GPU.
 
+    All of it is one flash call where that is possible (`packed_attention.py`), otherwise a call for each segment.
+
     Equal to `dense_attention` under `two_region_mask` when every head and row of `keeps[j]` keeps `counts[j]` entries
     and there is no padding. Work shrinks as more is evicted.
 
@@ -133,6 +137,8 @@ def two_region_attention(
     [B, H, L, D]
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves them in fp32 after the rotary embedding
+    if packs(query, dropout):
+        return packed_attention(query, key, value, keeps, cuts, counts, scaling)
     sizes = [stop - start for start, stop in itertools.pairwise([0, *cuts, query.shape[2]])]
     queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))  # one backward for all slices
     index = torch.cat([kept_indices(keep, count) for keep, count in zip(keeps, counts, strict=True)], dim=-1)

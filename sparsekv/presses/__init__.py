@@ -4,6 +4,7 @@ from sparsekv.presses.anchor_press import AnchorPress
 from sparsekv.presses.availability import why_not
 from sparsekv.presses.registry import PRESSES, is_decoding, make_press
 from sparsekv.presses.traits import needs_eager, needs_question, shares_prefill
+from sparsekv.presses.without_waiting import without_waiting
 
 __all__ = [
     "PRESSES",
@@ -14,4 +15,5 @@ __all__ = [
     "needs_question",
     "shares_prefill",
     "why_not",
+    "without_waiting",
 ]

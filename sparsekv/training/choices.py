@@ -27,6 +27,7 @@ PRESS_RULES = {
 }
 # Those whose scores have a gradient: not positions, nor ranks among neighbours.
 SMOOTH_RULES = tuple(name for name in PRESS_RULES if name not in ("lagkv", "streaming_llm"))
+SKETCHING_RULES = ("compactor", "leverage")  # they draw from torch's global generator while they score
 STATIC_RULES = ("anchor", "anchor_random")  # known from token and position alone: the streaming geometry needs that
 Direction = Literal["forward", "reverse", "js"]
 

@@ -17,6 +17,7 @@ from sparsekv.attention import (
 )
 from sparsekv.errors import UserError
 from sparsekv.training.anchor import AnchorSelector
+from sparsekv.training.choices import SKETCHING_RULES
 from sparsekv.training.plan import EvictionPlan
 from sparsekv.training.rules import Kept, LayerContext, PositionEmbeddings, layer_of, make_rule
 from sparsekv.training.selection import selection_loss
@@ -69,6 +70,10 @@ class ForwardEviction:
         random_rules = {"random", "anchor_random"} & set(plan.rules)
         unused = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
         self._row_seeds = row_seeds(input_ids, real, plan.seed) if random_rules else unused
+        self._rules = [
+            make_rule(name, ratio, selector, plan.geometry)
+            for name, ratio in zip(plan.rules, plan.keep_ratios, strict=True)
+        ]
         self._layer_inputs: dict[int, tuple[Tensor, PositionEmbeddings]] = {}
 
     def stash(self, module: nn.Module, hidden_states: Tensor, position_embeddings: PositionEmbeddings) -> None:
@@ -85,12 +90,9 @@ class ForwardEviction:
         if not self._decides(layer):
             return self.keeps[layer]
         contexts = self._contexts(module, key, value)
-        rules = [
-            make_rule(name, ratio, self.selector, self.plan.geometry)
-            for name, ratio in zip(self.plan.rules, self.plan.keep_ratios, strict=True)
-        ]
-        with scoring(module, key.device, self.plan.seed + layer, differentiable=layer in self.importance):
-            decided = [rule.keep(context) for rule, context in zip(rules, contexts, strict=True)]
+        seed = self.plan.seed + layer if set(SKETCHING_RULES) & set(self.plan.rules) else None
+        with scoring(module, key.device, seed, differentiable=layer in self.importance):
+            decided = [rule.keep(context) for rule, context in zip(self._rules, contexts, strict=True)]
         selection = self._selection_loss(layer, decided)
         if layer not in self.keeps:
             self.keeps[layer], self.counts[layer] = [kept.keep for kept in decided], [kept.number for kept in decided]
@@ -224,18 +226,20 @@ def slides(module: nn.Module, length: int) -> bool:
 
 
 @contextlib.contextmanager
-def scoring(module: nn.Module, device: torch.device, seed: int, differentiable: bool = False) -> Iterator[None]:
+def scoring(module: nn.Module, device: torch.device, seed: int | None, differentiable: bool = False) -> Iterator[None]:
     """A press scores as it will at inference, without dropout, and leaves the random state untouched.
 
-    Without gradient too, unless it is `differentiable`. Presses that sketch at random (leverage, compactor) draw from
-    `seed`.
+    Without gradient too, unless it is `differentiable`. Presses that sketch at random draw from `seed`; None: there is
+    no such press, and the random state, which takes longer to save than most scores, stays as it is.
     """
     was_training = module.training
     module.eval()
     try:
-        gradient = differentiable and torch.is_grad_enabled()
-        with torch.set_grad_enabled(gradient), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(differentiable and torch.is_grad_enabled()))
+            if seed is not None:
+                stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+                torch.manual_seed(seed)
             yield
     finally:
         module.train(was_training)

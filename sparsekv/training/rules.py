@@ -1,6 +1,6 @@
 """Which entries of a context survive a cut: one rule, one `keep`.
 
-A rule is a press (kvpress's own `score`, so that the rule trained is the rule tested) or the anchors plus a random
+A rule is a press (the score of kvpress, so that the rule trained is the rule tested) or the anchors plus a random
 sample. Their names stand in `choices.py`.
 """
 
@@ -14,7 +14,7 @@ from kvpress.utils import compute_n_kept
 from torch import Tensor, nn
 
 from sparsekv.anchors import AnchorSelector
-from sparsekv.presses import AnchorPress, make_press
+from sparsekv.presses import AnchorPress, make_press, without_waiting
 from sparsekv.training.anchor import build_kv_mask_from_anchors
 from sparsekv.training.choices import PRESS_RULES, check_rules
 from sparsekv.training.draws import uniform_draws
@@ -210,4 +210,4 @@ def make_rule(name: str, keep_ratio: float, selector: AnchorSelector, geometry: 
     check_rules([name], geometry)
     press = make_press(PRESS_RULES[name], ratio)
     assert isinstance(press, ScorerPress)
-    return PressRule(press)
+    return PressRule(without_waiting(press))

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsekv import packed_attention
 from sparsekv.attention import (
     causal_attention,
     combine_masks,
@@ -97,6 +98,45 @@ def test_fast_path_equals_dense_in_values_and_gradients(case, scaling, dtype, to
     dense = attention_and_gradients(lambda q, k, v: dense_attention(q, k, v, mask, scaling), tensors, upstream)
     for got, wanted in zip(fast, dense, strict=True):
         torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
+
+
+def rows_of_different_lengths(query, key, value, query_starts, key_starts, *longest, scale, window_size, **_):
+    """What flash attention computes of packed rows, one by one: [tokens, heads, D] each."""
+    assert window_size == (-1, 0)
+    out, sizes = [], ([], [])
+    for queries, keys in zip(*(itertools.pairwise(x.tolist()) for x in (query_starts, key_starts)), strict=True):
+        q, k, v = (x[slice(*at)].transpose(0, 1)[None] for x, at in ((query, queries), (key, keys), (value, keys)))
+        out.append(causal_attention(q, k, v, scale, 0.0)[0].transpose(0, 1))
+        for found, (start, stop) in zip(sizes, (queries, keys), strict=True):
+            found.append(stop - start)
+    assert longest == tuple(max(found) for found in sizes)
+    return torch.cat(out)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=evictions(), scaling=st.sampled_from([None, 0.7]))
+def test_pieces_packed_for_one_flash_call_equal_dense(case, scaling):
+    batch, kv_heads, groups, length, cuts, counts, keeps, generator = case
+    tensors = [
+        torch.randn(batch, heads, length, 8, generator=generator).requires_grad_()
+        for heads in (kv_heads * groups, kv_heads, kv_heads)
+    ]
+    upstream = torch.randn(tensors[0].shape, generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_attention, "varlen_attn", rows_of_different_lengths)
+        packed = attention_and_gradients(
+            lambda *qkv: packed_attention.packed_attention(*qkv, keeps, cuts, counts, scaling), tensors, upstream
+        )
+    mask = two_region_mask(keeps, cuts, length)
+    dense = attention_and_gradients(lambda *qkv: dense_attention(*qkv, mask, scaling), tensors, upstream)
+    for ours, reference in zip(packed, dense, strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
+
+
+def test_packed_keys_are_what_each_cut_kept_and_its_own_segment():
+    keeps = [torch.tensor([[[True, False, True]]]), torch.tensor([[[False, True, False, False, True]]])]
+    index = packed_attention.packed_index(keeps, (3, 5), (2, 2), 6)
+    assert index.tolist() == [[[0, 1, 2, *(0, 2, 3, 4), *(1, 4, 5)]]]
 
 
 def test_dense_attention_is_the_softmax_formula():

@@ -188,7 +188,9 @@ def test_streaming_rules_have_no_recent_anchors_of_the_row(selector_with, contex
 
 def test_rules_keep_the_names_of_scores_where_kvpress_evaluation_names_a_wrapper(selector):
     """Adapters were trained with these names: `expected_attention` is the score itself, without AdaKV around it."""
-    assert make_rule("expected_attention", 0.5, selector).press == ExpectedAttentionPress(0.5)
+    press = make_rule("expected_attention", 0.5, selector).press
+    assert isinstance(press, ExpectedAttentionPress)
+    assert press.compression_ratio == 0.5
     assert {rule: press for rule, press in PRESS_RULES.items() if rule != press} == {
         "expected_attention": "expected_attention_head"
     }

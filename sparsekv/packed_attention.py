@@ -1,0 +1,136 @@
+"""Two-region attention as one flash call.
+
+Under eviction a row falls into pieces that know nothing of each other: the queries before the first cut with their own
+keys, and those of each later segment with what its cut kept, then their own. Packed end to end they are a batch of rows
+of different lengths, which flash attention takes as it is.
+
+Shapes: B batch, H query heads, G key/value heads, L tokens, D head dimension, T keys of a row's pieces together.
+"""
+
+import contextlib
+import functools
+import inspect
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+varlen_attn: Any = None
+with contextlib.suppress(ImportError):  # torch < 2.10
+    from torch.nn.attention.varlen import varlen_attn
+
+CAUSAL = (-1, 0)  # a window without end to the left; aligned at the last token of each piece
+# Since torch 2.12 key/value heads that several query heads share are asked for.
+SHARED_HEADS = {"enable_gqa": True} if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def packs(query: Tensor, dropout: float) -> bool:
+    """Whether flash attention can take queries [B, H, L, D] of this kind, on their device."""
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and dropout == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keeps: Sequence[Tensor],
+    cuts: Sequence[int],
+    counts: Sequence[int],
+    scaling: float | None,
+) -> Tensor:
+    """`two_region_attention`, for what `packs`.
+
+    Parameters
+    ----------
+    query : [B, H, L, D]
+    key, value : [B, G, L, D]
+    keeps : sequence of Bool[B, G, cut_j]
+    cuts, counts : sequences of int
+    scaling : float, optional
+        Factor on the logits; 1/√D by default.
+
+    Returns
+    -------
+    [B, H, L, D]
+    """
+    batch, _, length, width = query.shape
+    pieces = _pieces(batch, length, tuple(cuts), tuple(counts), query.device)
+    index = packed_index(keeps, cuts, counts, length).transpose(1, 2)[..., None].expand(-1, -1, -1, width)
+    keys, values = (x.transpose(1, 2).gather(1, index).flatten(0, 1) for x in (key, value))
+    out: Tensor = varlen_attn(
+        query.transpose(1, 2).flatten(0, 1),
+        keys,
+        values,
+        pieces.query_starts,
+        pieces.key_starts,
+        pieces.most_queries,
+        pieces.most_keys,
+        scale=scaling,
+        window_size=CAUSAL,
+        **SHARED_HEADS,
+    )
+    return out.unflatten(0, (batch, length)).transpose(1, 2)
+
+
+def packed_index(keeps: Sequence[Tensor], cuts: Sequence[int], counts: Sequence[int], length: int) -> Tensor:
+    """Where the keys of the pieces stand in their row, piece after piece: Long[B, G, T], ascending within a piece.
+
+    Parameters
+    ----------
+    keeps : sequence of Bool[B, G, cut_j]
+        With `counts[j]` True a head.
+    cuts, counts : sequences of int
+    length : int
+        L.
+    """
+    stops = [*cuts, length]
+    seen = torch.cat(
+        [
+            torch.ones_like(keeps[0]),
+            *(F.pad(keep, (0, stop - keep.shape[-1]), value=True) for keep, stop in zip(keeps, stops[1:], strict=True)),
+        ],
+        dim=-1,
+    )
+    size = length + sum(counts)
+    slot = torch.where(seen, seen.cumsum(-1) - 1, size)  # the last takes whatever is not seen
+    index = slot.new_empty(*slot.shape[:2], size + 1)
+    return index.scatter_(-1, slot, _positions(tuple(stops), seen.device).expand_as(slot))[..., :size]
+
+
+class _Pieces(NamedTuple):
+    """Where the pieces of all rows begin: Int32[pieces + 1] each; and the longest."""
+
+    query_starts: Tensor
+    key_starts: Tensor
+    most_queries: int
+    most_keys: int
+
+
+@functools.lru_cache(maxsize=4)  # the same in every layer
+@torch.inference_mode(False)  # what is made in there could not be used outside
+def _pieces(batch: int, length: int, cuts: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> _Pieces:
+    queries = [stop - start for start, stop in itertools.pairwise([0, *cuts, length])]
+    keys = [own + kept for own, kept in zip(queries, (0, *counts), strict=True)]
+    query_starts, key_starts = (
+        torch.tensor([0, *itertools.accumulate(sizes * batch)], dtype=torch.int32, device=device)
+        for sizes in (queries, keys)
+    )
+    return _Pieces(query_starts, key_starts, max(queries), max(keys))
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def _positions(stops: tuple[int, ...], device: torch.device) -> Tensor:
+    """Long[Σ stops]: positions 0 … stop of each piece, kept or not, end to end."""
+    return torch.cat([torch.arange(stop, device=device) for stop in stops])

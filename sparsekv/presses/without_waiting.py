@@ -1,0 +1,126 @@
+"""kvpress's scores without waiting for the GPU.
+
+kvpress pins a window by reading the largest score back from the GPU, and builds the average rotation of future queries
+on the CPU. Once a layer, that leaves the GPU idle while Python prepares the next kernels. These presses compute the
+same scores on the device.
+
+Shapes: B batch, G key/value heads, C context tokens.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from kvpress import CriticalKVPress, ExpectedAttentionPress, ScorerPress, SnapKVPress, TOVAPress
+from torch import Tensor, nn
+
+
+def without_waiting(press: ScorerPress) -> ScorerPress:
+    """The press itself, or one that gives the same scores without waiting for the GPU."""
+    for kind in (SnapKV, TOVA, ExpectedAttention):
+        if type(press) is kind.__base__:
+            return kind(**{setting.name: getattr(press, setting.name) for setting in fields(press)})
+    if type(press) is CriticalKVPress:
+        press = copy.copy(press)
+        press.press = without_waiting(press.press)
+    return press
+
+
+def _pinned(scores: Tensor, first: int = 0, last: int = 0) -> Tensor:
+    """Scores [B, G, C] with so many entries before and after them that are never evicted."""
+    top = (scores.detach().amax() + 1).expand(*scores.shape[:2], max(first, last))
+    return torch.cat((top[..., :first], scores, top[..., :last]), dim=-1)
+
+
+@dataclass
+class SnapKV(SnapKVPress):
+    """`SnapKVPress`: what the last `window_size` queries attend to, smoothed (https://arxiv.org/abs/2404.14469)."""
+
+    def score(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attentions: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """[B, G, C]."""
+        rotary = kwargs["position_embeddings"]
+        attended = self.compute_window_attention(module, hidden_states, keys, self.window_size, rotary).mean(dim=-2)
+        smooth = F.avg_pool1d(attended, kernel_size=self.kernel_size, padding=self.kernel_size // 2, stride=1)
+        return _pinned(smooth.unflatten(1, (keys.shape[1], -1)).mean(2), last=self.window_size)
+
+
+@dataclass
+class TOVA(TOVAPress):
+    """`TOVAPress`: what the last query attends to, over all heads (https://arxiv.org/abs/2401.06104)."""
+
+    def score(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attentions: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """[B, G, C]."""
+        rotary = kwargs["position_embeddings"]
+        attended = SnapKVPress.compute_window_attention(module, hidden_states, keys, 1, rotary)
+        return _pinned(attended.mean(1).repeat(1, keys.shape[1], 1), last=1)
+
+
+@dataclass
+class ExpectedAttention(ExpectedAttentionPress):
+    """`ExpectedAttentionPress`: what queries like the ones seen will attend to (https://arxiv.org/abs/2510.00636)."""
+
+    _rotations: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def apply_avg_rope(
+        self, module: nn.Module, mu: Tensor, cov: Tensor | None, q_len: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mean [B, H, D] and covariance [B, H, D, D] of the queries, turned as they will be on average."""
+        rotation = self._average_rotation(module, mu, q_len)
+        mu = mu @ rotation.T
+        return mu, None if cov is None else rotation @ (cov @ rotation.T)
+
+    @torch.no_grad()
+    def _average_rotation(self, module: Any, mu: Tensor, q_len: int) -> Tensor:
+        """[D, D], over the positions of future queries; the same for all layers of one rotary embedding."""
+        known = (module.rotary_emb, q_len, mu.dtype, mu.device)
+        if known not in self._rotations:
+            positions = torch.arange(q_len, q_len + self.n_future_positions, device=mu.device)[None]
+            cos, sin = (x[0].mean(0) for x in module.rotary_emb(mu, positions))
+            half = len(cos) // 2
+            turn = torch.eye(len(cos), device=mu.device, dtype=mu.dtype).roll(half, dims=0)
+            turn[:half] *= -1  # as in rotate_half
+            self._rotations[known] = cos.diag() + turn * sin
+        return self._rotations[known]
+
+    def score(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attentions: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """[B, G, C]."""
+        keys, values = keys[:, :, self.n_sink :], values[:, :, self.n_sink :]
+        width = keys.shape[-1]
+        mean, covariance = self.get_query_statistics(module, hidden_states)
+        by_group = (keys.shape[1], -1)
+        logits = keys[:, :, None] @ mean.unflatten(1, by_group)[..., None] / math.sqrt(width)
+        logits = logits.squeeze(-1)  # [B, G, query heads of the group, C]
+        if covariance is not None:
+            spread = keys[:, :, None] @ covariance.unflatten(1, by_group)
+            logits = logits + (spread * keys[:, :, None]).sum(-1) / width / 2
+        scores = logits.softmax(-1).mean(2)
+        if self.use_vnorm:
+            scores = (scores + self.epsilon) * values.norm(dim=-1)
+        return _pinned(scores, first=self.n_sink)
