@@ -19,12 +19,12 @@ class Row:
     name: str
     length: int
     compiled: bool
-    seconds: float | str = ""  # a step, or why there is none
+    seconds: float | str = ""  # a micro-batch, or why there is none
     flops: float = 0.0  # of the floor
     first: float = 0.0  # seconds of the first step, compilation included
     graphs: int = 0  # compiled after the warm-up
     peak: float | None = None  # GiB
-    parts: dict[str, float] = field(default_factory=dict)  # seconds a step
+    parts: dict[str, float] = field(default_factory=dict)  # seconds a micro-batch
     check: tuple[float, float] | None = None  # relative difference of the loss, cosine of the gradients
 
 
@@ -35,15 +35,15 @@ def tables(options: argparse.Namespace, rows: list[Row], rate: float) -> str:
     floors = {row.length: f"{1000 * row.flops / rate:,.0f} ms for {row.length:,} tokens" for row in rows if row.flops}
     whole = ("step", "tokens", "ms", "tokens/s", "× control", "× floor", "MFU", "peak GiB", "first step s")
     text = (
-        f"{options.shape}, {'bfloat16' if on_gpu else 'float32'}, batch of {options.batch_size}, "
-        f"{'with' if options.checkpointing else 'without'} checkpointing, {where}, torch {torch.__version__}; mean of "
-        f"{options.steps} steps; floor at {rate / 1e12:.3g} TFLOP/s: {', '.join(floors.values())}; "
-        f"commit {commit() or 'unknown'}.\n\n"
+        f"{options.shape}, {'bfloat16' if on_gpu else 'float32'}, {options.grad_accum} micro-batches of "
+        f"{options.batch_size} a step, {'with' if options.checkpointing else 'without'} checkpointing, {where}, torch "
+        f"{torch.__version__}; mean of {options.steps} steps; floor at {rate / 1e12:.3g} TFLOP/s: "
+        f"{', '.join(floors.values())}; commit {commit() or 'unknown'}.\n\n"
     )
     text += table(whole, [totals(options, row, rows, rate) for row in rows])
     timed = [row for row in rows if row.parts and row.name != DENSE]
     text += table(
-        ("ms of a step", "tokens", *PARTS),
+        ("ms of a micro-batch", "tokens", *PARTS),
         [[*title(row), *(f"{1000 * row.parts.get(part, 0):,.1f}" for part in PARTS)] for row in timed],
     )
     checked = [[*title(row), f"{row.check[0]:.1e}", f"{row.check[1]:.6f}"] for row in rows if row.check]

@@ -6,9 +6,10 @@
     … --doc docs/performance.md                                                     # write the figures there
 
 Steps are those of `sparsekv train` on random tokens, with its default adapter: `--steps` of them are timed together,
-and as many again part by part; both take the same cuts and rules. The floor is `step_flops` (step_costs.py) at the rate
-of a large matrix product, measured first. `--check` compares loss and gradients with dense_reference.py, the same
-entries kept. A row that does not fit into memory says so.
+and as many again part by part; both take the same cuts and rules. Times are those of a micro-batch, with its share of
+the optimizer's work. The floor is `step_flops` (step_costs.py) at the rate of a large matrix product, measured first.
+`--check` compares loss and gradients with dense_reference.py, the same entries kept. A row that does not fit into
+memory says so.
 """
 
 import argparse
@@ -39,7 +40,8 @@ from sparsekv.training.run import training_arguments
 
 WARM_UP = 2  # steps
 LENGTHS = {"cuda": [2048, 4096], "cpu": [128]}
-STEPS = {"cuda": 8, "cpu": 2}
+STEPS = {"cuda": 4, "cpu": 2}
+ACCUMULATED = {"cuda": 8, "cpu": 1}  # micro-batches of a step; on a GPU as many as in the shipped configurations
 KEEP = {"scheduler_mode": "fixed", "min_keep_ratio": 0.3}
 VARIANTS: dict[str, dict[str, Any]] = {
     "control": {"control": True},
@@ -55,8 +57,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of a row; default: 2,048 and 4,096 on a GPU")
     parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--grad_accum", type=int, help="micro-batches of an optimizer step; default: 8 on a GPU")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--steps", type=int, help="timed together, and as many by part; default: 8 on a GPU")
+    parser.add_argument("--steps", type=int, help="timed together, and as many by part; default: 4 on a GPU")
     parser.add_argument("--compile", action="store_true", help="also each variant compiled")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
     parser.add_argument("--baseline", action="store_true", help="also dense masks and full logits")
@@ -66,6 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     options.lengths = options.lengths or LENGTHS[options.device]
     options.steps = options.steps or STEPS[options.device]
+    options.grad_accum = options.grad_accum or ACCUMULATED[options.device]
     set_verbosity_error()
     disable_progress_bar()
     rate = matrix_rate(options.device)
@@ -127,7 +131,7 @@ def make_trainer(options: argparse.Namespace, row: Row, folder: str) -> EITTrain
         output_dir=folder,
         device_map="cpu" if options.device == "cpu" else None,
         batch_size=options.batch_size,
-        grad_accum=1,
+        grad_accum=options.grad_accum,
         max_steps=WARM_UP + 2 * options.steps,
         max_seq_len=row.length,
         gradient_checkpointing=options.checkpointing,
@@ -145,7 +149,7 @@ def make_trainer(options: argparse.Namespace, row: Row, folder: str) -> EITTrain
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.01)
-    ids = torch.randint(5, 40_000, (config.max_steps * config.batch_size, row.length)).tolist()
+    ids = torch.randint(5, 40_000, (config.max_steps * config.grad_accum * config.batch_size, row.length)).tolist()
     data = Dataset.from_dict({"input_ids": ids})
     kind = DenseTrainer if row.name == DENSE else EITTrainer
     trainer = kind(model, config, make_tokenizer(options.shape), args, train_dataset=data)
@@ -184,12 +188,13 @@ class Stopwatch(TrainerCallback):
             self.begun = synchronized()
             self.graphs = graphs()
         elif done == WARM_UP + steps:
-            row.seconds = (synchronized() - self.begun) / steps
+            row.seconds = (synchronized() - self.begun) / (steps * self.options.grad_accum)
             if self.options.device == "cuda":
                 row.peak = torch.cuda.max_memory_allocated() / 2**30
             self.clock.start(self.functions)
         elif done == WARM_UP + 2 * steps:
-            row.parts = {part: seconds / steps for part, seconds in self.clock.stop().items()}
+            batches = steps * self.options.grad_accum
+            row.parts = {part: seconds / batches for part, seconds in self.clock.stop().items()}
             row.graphs = graphs() - self.graphs
 
 

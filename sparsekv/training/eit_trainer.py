@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,7 @@ class EITTrainer(Trainer):
                 context_mask=context.flatten(),
                 lambda_context=config.lambda_context,
                 logit_sums=self.logit_sums,
+                numbers=None if "attention_mask" in inputs else unpadded_tokens(input_ids.shape, plan.first_query),
             )
             tokens, context_tokens = counts.to(sums.loss.device).clamp(min=1)
             selection = self._selection(labels, tokens)
@@ -343,6 +344,12 @@ def loss_tokens(input_ids: Tensor, attention_mask: Tensor | None, first_query: i
     context = real.clone()
     context[:, first_query:] = False
     return labels, context
+
+
+def unpadded_tokens(shape: Sequence[int], first_query: int) -> tuple[int, int]:
+    """How many tokens of [B, L] `loss_tokens` gives a label, and how many it calls context, where nothing is padded."""
+    rows, length = shape
+    return rows * max(length - 1 - first_query, 0), rows * first_query
 
 
 def _cross_entropy(labels: Tensor) -> Callable[[Tensor, nn.Module], Tensor]:

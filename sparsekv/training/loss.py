@@ -84,6 +84,7 @@ def distillation_loss(
     lambda_context: float = 0.0,
     chunk_size: int = 1024,
     logit_sums: LogitSums = sums_from_logits,
+    numbers: tuple[int, int] | None = None,
 ) -> LossSums:
     """Sum the loss of a micro-batch over its tokens; nothing is averaged, so gradient accumulation stays exact.
 
@@ -109,14 +110,17 @@ def distillation_loss(
         Tokens whose logits live at once.
     logit_sums : callable
         `sums_from_logits`, or the same compiled.
+    numbers : (int, int), optional
+        How many tokens carry a label and how many are context tokens, where that is known without asking the device.
     """
+    labelled, in_context = numbers or (None, None)
     objective = partial(_Objective, student_head, teacher_head, temperature, direction, logit_sums)
     sums = partial(_sums, student_hidden, teacher_hidden, labels, chunk_size)
-    loss, ce, kl, tokens = sums(labels != IGNORE_INDEX, objective(1.0, lambda_kl))
+    loss, ce, kl, tokens = sums(labels != IGNORE_INDEX, labelled, objective(1.0, lambda_kl))
     if teacher_hidden is None or context_mask is None or not lambda_context:
         zero = torch.zeros_like(ce)
         return LossSums(loss, zero, ce, kl, zero, tokens, 0)
-    context_loss, _, kl_context, context_tokens = sums(context_mask, objective(0.0, lambda_context))
+    context_loss, _, kl_context, context_tokens = sums(context_mask, in_context, objective(0.0, lambda_context))
     return LossSums(loss, context_loss, ce, kl, kl_context, tokens, context_tokens)
 
 
@@ -126,10 +130,11 @@ def _sums(
     labels: Tensor,
     chunk_size: int,
     mask: Tensor,
+    number: int | None,
     objective: "_Objective",
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """(loss, ce, kl, number) over the tokens of Bool[N] `mask`: no others ever reach a head."""
-    rows = mask.nonzero().squeeze(-1)
+    rows = (mask.nonzero() if number is None else torch.nonzero_static(mask, size=number)).squeeze(-1)
     hidden = student_hidden[rows.to(student_hidden.device)]
     teacher = None
     if teacher_hidden is not None and objective.weight_kl:

@@ -49,7 +49,9 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self.sums: Tensor | None = None
+        self.sums: Tensor | None = None  # stays on the device: reading a number there would wait for it
+        self.requested = self.actual = 0.0
+        self.batches = 0
         self.tokens = 0
         self.started = time.perf_counter()
 
@@ -73,12 +75,11 @@ class Meter:
         anchors = selector(input_ids[:, :context], None if attention_mask is None else attention_mask[:, :context])
         requested = 1.0 if eviction is None else sum(plan.keep_ratios) / len(plan.keep_ratios)
         actual = 1.0 if eviction is None else eviction.keep_ratio()
-        ratios = anchors.new_tensor([requested, actual, 1.0], dtype=torch.float64)
-        parts = torch.stack([part.double().to(anchors.device) for part in (sums.ce, sums.kl, sums.kl_context)])
-        parts = parts / counts[[0, 0, 1]].to(anchors.device).clamp(min=1)
-        parts = torch.cat([parts, selection.detach().double().to(anchors.device)[None]])
-        row = torch.cat([parts, anchors.double().mean()[None], ratios])
+        tokens, context_tokens = counts.clamp(min=1)
+        parts = (sums.ce / tokens, sums.kl / tokens, sums.kl_context / context_tokens, selection.detach())
+        row = torch.stack([part.double().to(anchors.device) for part in (*parts, anchors.double().mean())])
         self.sums = row if self.sums is None else self.sums + row
+        self.requested, self.actual, self.batches = self.requested + requested, self.actual + actual, self.batches + 1
         self.tokens += input_ids.numel()
 
     @contextlib.contextmanager
@@ -98,7 +99,8 @@ class Meter:
         if self.sums is None:
             return {}
         device = self.sums.device
-        totals = torch.cat([self.sums.to(accelerator.device), torch.tensor([self.tokens], device=accelerator.device)])
+        known = torch.tensor([self.requested, self.actual, self.batches, self.tokens], dtype=torch.float64)
+        totals = torch.cat([self.sums.to(accelerator.device), known.to(accelerator.device)])
         totals = accelerator.reduce(totals, reduction="sum").tolist()
         ce, kl, kl_context, selection, anchors, requested, actual, batches, seen = totals
         rate = seen / (time.perf_counter() - self.started)

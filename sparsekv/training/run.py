@@ -206,6 +206,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=config.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would hide a diverging run, and wait for the GPU after every micro-batch
+        accelerator_config={"non_blocking": torch.cuda.is_available()},
         save_strategy="steps",
         save_steps=config.save_steps,
         eval_strategy="steps" if config.eval_steps else "no",

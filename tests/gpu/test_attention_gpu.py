@@ -4,19 +4,21 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sparsekv import attention
 from sparsekv.attention import dense_attention, two_region_attention, two_region_mask
+from sparsekv.packed_attention import packs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def case(dtype: torch.dtype) -> tuple:
+def case(dtype: torch.dtype, rows: int = 2) -> tuple:
     generator = torch.Generator("cuda").manual_seed(0)
-    query = torch.randn(2, 8, 512, 64, generator=generator, device="cuda")
-    key, value = (torch.randn(2, 2, 512, 64, generator=generator, device="cuda") for _ in range(2))
+    query = torch.randn(rows, 8, 512, 64, generator=generator, device="cuda")
+    key, value = (torch.randn(rows, 2, 512, 64, generator=generator, device="cuda") for _ in range(2))
     cuts, counts = (256, 384), (77, 200)
     keeps = []
     for cut, count in zip(cuts, counts, strict=True):
-        scores = torch.rand(2, 2, cut, generator=generator, device="cuda")
+        scores = torch.rand(rows, 2, cut, generator=generator, device="cuda")
         keeps.append(torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count).indices, True))
     tensors = [x.to(dtype).requires_grad_() for x in (query, key, value)]
     return tensors, keeps, cuts, counts
@@ -35,8 +37,13 @@ def test_equal_to_the_dense_reference_in_fp32() -> None:
         torch.testing.assert_close(ours, reference, atol=2e-5, rtol=1e-4)
 
 
-def test_flash_alone_serves_bf16_with_shared_heads() -> None:
-    tensors, keeps, cuts, counts = case(torch.bfloat16)
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_flash_alone_serves_bf16_with_shared_heads(rows: int, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, keeps, cuts, counts = case(torch.bfloat16, rows)
+    assert packs(tensors[0], 0.0)
+    if not packed:
+        monkeypatch.setattr(attention, "packs", lambda *_: False)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # anything else would raise
         fast = gradients(two_region_attention(*tensors, keeps, cuts, counts, None), tensors)
     exact = [x.detach().float().requires_grad_() for x in tensors]
@@ -44,3 +51,14 @@ def test_flash_alone_serves_bf16_with_shared_heads() -> None:
     for ours, reference in zip(fast, dense, strict=True):
         error = (ours.float() - reference).norm() / reference.norm()
         assert error < 1e-2
+
+
+def test_the_fast_path_never_waits_for_the_gpu() -> None:
+    tensors, keeps, cuts, counts = case(torch.bfloat16)
+    two_region_attention(*tensors, keeps, cuts, counts, None)  # its layout is made once
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        two_region_attention(*tensors, keeps, cuts, counts, None)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -166,6 +166,14 @@ def test_which_tokens_carry_loss():
     assert context.tolist() == [[False, False, True, False, False, False], [True, True, True, False, False, False]]
 
 
+@pytest.mark.parametrize("first_query", [0, 1, 4, 5, 6])
+def test_their_numbers_are_known_where_nothing_is_padded(first_query):
+    ids = torch.arange(18).reshape(3, 6)
+    labels, context = eit_trainer.loss_tokens(ids, None, first_query)
+    numbers = eit_trainer.unpadded_tokens(ids.shape, first_query)
+    assert numbers == ((labels != -100).sum(), context.sum())
+
+
 # ---- the same step, cut differently ----
 
 

@@ -122,6 +122,22 @@ def test_accumulated_micro_batches_equal_one_batch():
     torch.testing.assert_close(backward(8), backward(1), rtol=1e-5, atol=1e-7)
 
 
+def test_numbers_known_beforehand_change_nothing():
+    student, teacher, labels, context = make_batch()
+    head = make_head()
+    numbers = int((labels != -100).sum()), int(context.sum())
+    found = []
+    for known in (None, numbers):
+        student.grad = None
+        got = distillation_loss(
+            student, teacher, labels, head, head, context_mask=context, lambda_context=0.5, numbers=known
+        )
+        (got.loss + got.context_loss).backward()
+        assert (got.tokens, got.context_tokens) == numbers
+        found.append((got.loss, got.context_loss, student.grad))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 class CountingHead(nn.Module):
     def __init__(self, head):
         super().__init__()

@@ -17,7 +17,15 @@ def train_step(monkeypatch):
 
 
 def options(**changes):
-    values = {"shape": "tiny", "device": "cpu", "batch_size": 2, "steps": 1, "checkpointing": False, "check": True}
+    values = {
+        "shape": "tiny",
+        "device": "cpu",
+        "batch_size": 2,
+        "grad_accum": 2,
+        "steps": 1,
+        "checkpointing": False,
+        "check": True,
+    }
     return argparse.Namespace(**{**values, **changes})
 
 
@@ -75,4 +83,4 @@ def test_the_command_fills_its_block(train_step, tmp_path, monkeypatch):
     text = document.read_text()
     assert all(text.count(f"\n| {name} | 96 | ") == 3 for name in ("control", "mixture"))
     assert text.count(f"\n| {train_step.DENSE} | 96 | ") == 1
-    assert text.count("tiny, float32, batch of 1, without checkpointing") == 1
+    assert text.count("tiny, float32, 1 micro-batches of 1 a step, without checkpointing") == 1
