@@ -96,9 +96,9 @@ class ExpectedAttention(ExpectedAttentionPress):
             positions = torch.arange(q_len, q_len + self.n_future_positions, device=mu.device)[None]
             cos, sin = (x[0].mean(0) for x in module.rotary_emb(mu, positions))
             half = len(cos) // 2
-            turn = torch.eye(len(cos), device=mu.device, dtype=mu.dtype).roll(half, dims=0)
+            turn = torch.eye(len(cos), device=cos.device, dtype=cos.dtype).roll(half, dims=0)
             turn[:half] *= -1  # as in rotate_half
-            self._rotations[known] = cos.diag() + turn * sin
+            self._rotations[known] = (cos.diag() + turn * sin).to(mu.device)
         return self._rotations[known]
 
     def score(

@@ -24,6 +24,7 @@ from sparsekv.training.hidden_states import last_hidden, require_plain_head, run
 from sparsekv.training.kv_dropout import KVDropoutContext, base_of
 from sparsekv.training.loss import IGNORE_INDEX, LogitSums, distillation_loss, sums_from_logits
 from sparsekv.training.meter import Meter
+from sparsekv.training.modes import ADAPTER_SWITCH, switched
 from sparsekv.training.plan import EvictionPlan
 from sparsekv.training.scheduler import KeepRatioScheduler
 from sparsekv.training.selection import later_attention
@@ -81,6 +82,8 @@ class EITTrainer(Trainer):
         checkpointing: Any = args.gradient_checkpointing and args.gradient_checkpointing_kwargs
         if self.config.selects and checkpointing and checkpointing.get("use_reentrant"):
             raise ValueError("the selection loss needs checkpointing with use_reentrant=False")
+        self._modules = list(self.base.modules())
+        self._adapters = [module for module in self._modules if hasattr(module, ADAPTER_SWITCH)]
         self.selector = AnchorSelector(config.anchors, tokenizer, self.base.config, self.base.generation_config)
         self.schedule = config.make_schedule(total_steps=1)  # remade when training begins and its steps are known
         self._resumed_schedule: dict[str, Any] | None = None
@@ -146,16 +149,13 @@ class EITTrainer(Trainer):
         if self.teacher is not None:
             with self._noting_importance(self.teacher, plan):
                 return last_hidden(self.teacher, self.teacher, inputs)
-        model.eval()  # no dropout anywhere: the target holds still
-        try:
-            with (
-                self.eviction.full_attention(),
-                self.accelerator.unwrap_model(model).disable_adapter(),
-                self._noting_importance(self.base, plan),
-            ):
-                return last_hidden(model, self.base, inputs)
-        finally:
-            model.train()
+        with (
+            self.eviction.full_attention(),
+            switched(self._modules, "training", False),  # no dropout anywhere: the target holds still
+            switched(self._adapters, ADAPTER_SWITCH, True),
+            self._noting_importance(self.base, plan),
+        ):
+            return last_hidden(model, self.base, inputs)
 
     @contextlib.contextmanager
     def _noting_importance(self, teacher: PreTrainedModel, plan: EvictionPlan) -> Iterator[None]:

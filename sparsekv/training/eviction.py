@@ -18,6 +18,7 @@ from sparsekv.attention import (
 from sparsekv.errors import UserError
 from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.choices import SKETCHING_RULES
+from sparsekv.training.modes import switched
 from sparsekv.training.plan import EvictionPlan
 from sparsekv.training.rules import Kept, LayerContext, PositionEmbeddings, layer_of, make_rule
 from sparsekv.training.selection import selection_loss
@@ -232,14 +233,10 @@ def scoring(module: nn.Module, device: torch.device, seed: int | None, different
     Without gradient too, unless it is `differentiable`. Presses that sketch at random draw from `seed`; None: there is
     no such press, and the random state, which takes longer to save than most scores, stays as it is.
     """
-    was_training = module.training
-    module.eval()
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(differentiable and torch.is_grad_enabled()))
-            if seed is not None:
-                stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-                torch.manual_seed(seed)
-            yield
-    finally:
-        module.train(was_training)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(switched(module.modules(), "training", False))
+        stack.enter_context(torch.set_grad_enabled(differentiable and torch.is_grad_enabled()))
+        if seed is not None:
+            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+            torch.manual_seed(seed)
+        yield

@@ -10,7 +10,8 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -245,10 +246,15 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 def attention_modules(decoder: nn.Module) -> list[nn.Module]:
     """The decoder's attention layers: modules that know their `layer_idx` and are called Attention."""
-    found = [m for m in decoder.modules() if hasattr(m, "layer_idx") and "Attention" in type(m).__name__]
-    if not found:
-        raise ValueError(f"{type(decoder).__name__} has no attention layers with a layer_idx")
-    return found
+    if decoder not in _attention_modules:  # a walk through all modules, at every step
+        found = [m for m in decoder.modules() if hasattr(m, "layer_idx") and "Attention" in type(m).__name__]
+        if not found:
+            raise ValueError(f"{type(decoder).__name__} has no attention layers with a layer_idx")
+        _attention_modules[decoder] = found
+    return _attention_modules[decoder]
+
+
+_attention_modules: MutableMapping[nn.Module, list[nn.Module]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager

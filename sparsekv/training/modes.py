@@ -1,0 +1,24 @@
+"""Switching modules of a model: `model.eval()` and peft's `disable_adapter()` in a hundredth of their time.
+
+Those walk through thousands of modules, and the GPU has nothing to do meanwhile.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+ADAPTER_SWITCH = "_disable_adapters"  # peft's, in every module that holds an adapter
+
+
+@contextlib.contextmanager
+def switched(modules: Iterable[nn.Module], attribute: str, value: bool) -> Iterator[None]:
+    """Inside, the attribute has this value in each of these modules."""
+    changed = [module for module in modules if getattr(module, attribute) is not value]
+    try:
+        for module in changed:
+            object.__setattr__(module, attribute, value)  # past nn.Module's, which looks for parameters first
+        yield
+    finally:
+        for module in changed:
+            object.__setattr__(module, attribute, not value)
