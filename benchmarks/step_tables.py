@@ -25,7 +25,7 @@ class Row:
     graphs: int = 0  # compiled after the warm-up
     peak: float | None = None  # GiB
     parts: dict[str, float] = field(default_factory=dict)  # seconds a micro-batch
-    check: tuple[float, float] | None = None  # relative difference of the loss, cosine of the gradients
+    check: tuple[float, ...] | None = None  # see train_step.compare
 
 
 def tables(options: argparse.Namespace, rows: list[Row], rate: float) -> str:
@@ -46,9 +46,17 @@ def tables(options: argparse.Namespace, rows: list[Row], rate: float) -> str:
         ("ms of a micro-batch", "tokens", *PARTS),
         [[*title(row), *(f"{1000 * row.parts.get(part, 0):,.1f}" for part in PARTS)] for row in timed],
     )
-    checked = [[*title(row), f"{row.check[0]:.1e}", f"{row.check[1]:.6f}"] for row in rows if row.check]
+    checked = [row for row in rows if row.check]
     if checked:
-        text += table(("against dense masks", "tokens", "loss, relative", "gradients, cosine"), checked)
+        columns = ("against dense masks in float32", "loss, relative", "gradients, cosine")
+        cells = [
+            [
+                title(row)[0],
+                *(f"{figure:.1e}" if place % 2 == 0 else f"{figure:.6f}" for place, figure in enumerate(row.check)),
+            ]
+            for row in checked
+        ]
+        text += table((*columns, "loss of dense masks", "their gradients"), cells)
     return text
 
 

@@ -8,8 +8,8 @@
 Steps are those of `sparsekv train` on random tokens, with its default adapter: `--steps` of them are timed together,
 and as many again part by part; both take the same cuts and rules. Times are those of a micro-batch, with its share of
 the optimizer's work. The floor is `step_flops` (step_costs.py) at the rate of a large matrix product, measured first.
-`--check` compares loss and gradients with dense_reference.py, the same entries kept. A row that does not fit into
-memory says so.
+`--check` compares loss and gradients with dense_reference.py in float32, the same entries kept. A row that does not fit
+into memory says so.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.eviction import ForwardEviction
 from sparsekv.training.run import training_arguments
 
-WARM_UP = 2  # steps
+CHECKED = 1024  # tokens: dense masks of longer rows do not fit beside float32 weights
 LENGTHS = {"cuda": [2048, 4096], "cpu": [128]}
 STEPS = {"cuda": 4, "cpu": 2}
 ACCUMULATED = {"cuda": 8, "cpu": 1}  # micro-batches of a step; on a GPU as many as in the shipped configurations
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--grad_accum", type=int, help="micro-batches of an optimizer step; default: 8 on a GPU")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--steps", type=int, help="timed together, and as many by part; default: 4 on a GPU")
+    parser.add_argument("--warm_up", type=int, default=2, help="steps before them")
     parser.add_argument("--compile", action="store_true", help="also each variant compiled")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
     parser.add_argument("--baseline", action="store_true", help="also dense masks and full logits")
@@ -132,7 +133,7 @@ def make_trainer(options: argparse.Namespace, row: Row, folder: str) -> EITTrain
         device_map="cpu" if options.device == "cpu" else None,
         batch_size=options.batch_size,
         grad_accum=options.grad_accum,
-        max_steps=WARM_UP + 2 * options.steps,
+        max_steps=options.warm_up + 2 * options.steps,
         max_seq_len=row.length,
         gradient_checkpointing=options.checkpointing,
         eval_steps=0,
@@ -179,20 +180,20 @@ class Stopwatch(TrainerCallback):
         self.begun = synchronized()
 
     def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
-        done, steps, row = state.global_step, self.options.steps, self.row
-        if done == 1:
+        done, steps, row = state.global_step - self.options.warm_up, self.options.steps, self.row
+        if state.global_step == 1:
             row.first = synchronized() - self.begun
-        elif done == WARM_UP:
+        if done == 0:
             if self.options.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             self.begun = synchronized()
             self.graphs = graphs()
-        elif done == WARM_UP + steps:
+        elif done == steps:
             row.seconds = (synchronized() - self.begun) / (steps * self.options.grad_accum)
             if self.options.device == "cuda":
                 row.peak = torch.cuda.max_memory_allocated() / 2**30
             self.clock.start(self.functions)
-        elif done == WARM_UP + 2 * steps:
+        elif done == 2 * steps:
             batches = steps * self.options.grad_accum
             row.parts = {part: seconds / batches for part, seconds in self.clock.stop().items()}
             row.graphs = graphs() - self.graphs
@@ -203,9 +204,12 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def compare(trainer: EITTrainer) -> tuple[float, float]:
-    """(relative difference of the loss, cosine of the gradients) with dense masks, for the same entries kept."""
-    inputs = next(iter(trainer.get_train_dataloader()))
+def compare(trainer: EITTrainer) -> tuple[float, ...]:
+    """Relative difference of the loss and cosine of the gradients to dense masks in float32, the same entries kept.
+
+    First of the fast step, then of dense masks in the dtype of the fast step: what rounding alone does.
+    """
+    inputs = {name: ids[:, :CHECKED] for name, ids in next(iter(trainer.get_train_dataloader())).items()}
 
     def result(loss: torch.Tensor) -> tuple[float, torch.Tensor]:
         weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
@@ -214,14 +218,21 @@ def compare(trainer: EITTrainer) -> tuple[float, float]:
         return loss.item(), gradient
 
     trainer.model.zero_grad()
-    fast = result(trainer.training_step(trainer.model_wrapped, inputs, trainer._count_tokens([inputs])))
+    found = [result(trainer.training_step(trainer.model_wrapped, inputs, trainer._count_tokens([inputs])))]
     keeps = None if trainer.eviction.last is None else trainer.eviction.last.keeps
     cuts = trainer.current_plan(inputs["input_ids"].shape[1]).cuts
     with dense_attention(trainer.base):
-        loss = dense_loss(trainer.model_wrapped, inputs["input_ids"], cuts, keeps)
-        loss.backward()
-    dense = result(loss)
-    return abs(fast[0] / dense[0] - 1), torch.cosine_similarity(fast[1], dense[1], dim=0).item()
+        for cast in (lambda: None, trainer.base.float):
+            cast()
+            loss = dense_loss(trainer.model_wrapped, inputs["input_ids"], cuts, keeps)
+            loss.backward()
+            found.append(result(loss))
+    *others, (exact_loss, exact) = found
+    return tuple(
+        figure
+        for loss, gradient in others
+        for figure in (abs(loss / exact_loss - 1), torch.cosine_similarity(gradient, exact, dim=0).item())
+    )
 
 
 if __name__ == "__main__":

@@ -190,6 +190,10 @@ class EITTrainer(Trainer):
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of a micro-batch; transformers would count the model's parameters each time."""
+        return self.meter.flops_per_token * inputs["input_ids"].numel()
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
         """Long[2]: the tokens of the optimizer step that carry distillation loss and context loss, over processes."""
         if not batch_samples:
