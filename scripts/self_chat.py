@@ -46,9 +46,8 @@ def main(options: argparse.Namespace) -> None:
     The same call on the same machine writes the same text.
     """
     output = options.output
-    require(
-        min(options.conversations, options.batch_size, options.answer_tokens) > 0, "a number of 1 or more is needed"
-    )
+    for name in ("conversations", "answer_tokens", "batch_size"):
+        require(getattr(options, name) > 0, f"--{name} {getattr(options, name)}: a number of 1 or more is needed")
     require(not output.exists(), f"--output {output}: exists already; name a new file")
     check_writable(output.parent, "--output")
     tokenizer = load_tokenizer(options.model)

@@ -205,7 +205,8 @@ class TrainConfig(EITConfig):
     gradient_checkpointing
         Recompute layers in backward: less memory, more time.
     compile
-        Compile decoder layers and loss with torch.compile: a minute at the start, then faster steps of a control (GPU).
+        Compile decoder layers and loss with torch.compile, where that works: half a minute at the start, then faster
+        steps of a large model (GPU).
     save_steps
         Steps between checkpoints.
     eval_steps

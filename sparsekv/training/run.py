@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from sparsekv.training.output import (
 )
 from sparsekv.training.plan import EvictionPlan
 from sparsekv.training.record import FINAL
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> Path | None:
@@ -75,9 +78,7 @@ def train(config: TrainConfig) -> Path | None:
         trainer = _make_trainer(model, teacher, tokenizer, config, args, rows)
         _check_architecture(trainer, config, rows[0])
         if config.compile:
-            for network in filter(None, (trainer.base, teacher)):
-                compile_layers(network)
-            trainer.logit_sums = compile_logit_sums()
+            _compile(trainer, teacher)
         if args.should_save:
             prepare_output_dir(out, record)
     args.distributed_state.wait_for_everyone()
@@ -85,6 +86,17 @@ def train(config: TrainConfig) -> Path | None:
     if args.world_size > 1:
         atexit.register(_leave_group, args.distributed_state)
     return final
+
+
+def _compile(trainer: EITTrainer, teacher: PreTrainedModel | None) -> None:
+    """Compile layers and loss; where that cannot be, the steps are slower and the same but for rounding."""
+    try:
+        for network in filter(None, (trainer.base, teacher)):
+            compile_layers(network)
+    except UserError as error:
+        logger.warning("%s; going on without it", error)
+        return
+    trainer.logit_sums = compile_logit_sums()
 
 
 def _leave_group(state: PartialState) -> None:

@@ -209,6 +209,16 @@ def test_a_machine_without_a_compiler_is_told_in_one_line(trainer_of):
         compile_layers(make_tiny("llama"), backend)
 
 
+def test_a_run_goes_on_without_it(tmp_path, monkeypatch, caplog):
+    def refuse(model):
+        raise UserError("--compile: torch.compile does not work here: no compiler")
+
+    monkeypatch.setattr(run, "compile_layers", refuse)
+    assert run.train(train_config(run_options(tmp_path), tmp_path / "out", compile=True)) is not None
+    (line,) = [record.getMessage() for record in caplog.records if "--compile" in record.getMessage()]
+    assert line == "--compile: torch.compile does not work here: no compiler; going on without it"
+
+
 def test_a_model_spread_over_devices_is_refused():
     model = make_tiny("llama")
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}

@@ -16,13 +16,15 @@ def gpu(monkeypatch):
     @contextlib.contextmanager
     def graph(graph, stream):
         assert state["mode"] == 0
+        assert stream == "stream of 0"
         state["captured"] += 1
         yield
 
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: state["mode"])
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: state.update(mode=mode))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda_graph, "_capture_stream", lambda device: f"stream of {device}")
     monkeypatch.setattr(torch.cuda, "graph", graph)
     return state
 
