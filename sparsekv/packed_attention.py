@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 varlen_attn: Any = None
@@ -95,13 +94,11 @@ def packed_index(keeps: Sequence[Tensor], cuts: Sequence[int], counts: Sequence[
         L.
     """
     stops = [*cuts, length]
-    seen = torch.cat(
-        [
-            torch.ones_like(keeps[0]),
-            *(F.pad(keep, (0, stop - keep.shape[-1]), value=True) for keep, stop in zip(keeps, stops[1:], strict=True)),
-        ],
-        dim=-1,
-    )
+    own = _ones(length, keeps[0].device).expand(*keeps[0].shape[:2], -1)
+    parts = [own[..., : cuts[0]]]
+    for keep, (cut, stop) in zip(keeps, itertools.pairwise(stops), strict=True):
+        parts += [keep, own[..., cut:stop]]
+    seen = torch.cat(parts, dim=-1)
     size = length + sum(counts)
     slot = torch.where(seen, seen.cumsum(-1) - 1, size)  # the last takes whatever is not seen
     index = slot.new_empty(*slot.shape[:2], size + 1)
@@ -127,6 +124,12 @@ def _pieces(batch: int, length: int, cuts: tuple[int, ...], counts: tuple[int, .
         for sizes in (queries, keys)
     )
     return _Pieces(query_starts, key_starts, max(queries), max(keys))
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def _ones(length: int, device: torch.device) -> Tensor:
+    return torch.ones(length, dtype=torch.bool, device=device)
 
 
 @functools.lru_cache(maxsize=4)

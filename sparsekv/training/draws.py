@@ -4,6 +4,7 @@ A counter-based generator: every draw is a hash of its place, so that it depends
 is the same on every device, and all of a layer's draws are made at once on its own.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -13,30 +14,52 @@ POSITION_BITS = 20  # heads above them
 LOW_BITS = 24  # of a row's seed, which has 48
 
 
-def uniform_draws(row_seeds: Tensor, layer: int, lengths: int | Tensor, num_heads: int, length: int) -> Tensor:
+def uniform_draws(streams: Tensor, num_heads: int, length: int) -> Tensor:
     """Independent draws from [0, 1), in steps of 2⁻²⁴.
 
     Parameters
     ----------
-    row_seeds : Long[B]
-        In [0, 2⁴⁸).
-    layer : int
-    lengths : int or Long[B]
-        Tokens of each row's context: another cut draws anew.
+    streams : Long[B]
+        Of each row, from `row_streams`.
     num_heads, length : int
         H and L.
 
     Returns
     -------
     Float32[B, H, L]
-        On the device of `row_seeds`.
+        On the device of `streams`.
     """
-    stream = _mix(layer * 65_537 + lengths)
+    return (_mix(streams[:, None, None] ^ _places(num_heads, length, streams.device)) >> 8).float() / 2**24
+
+
+def row_streams(row_seeds: Tensor, layers: int | Tensor, lengths: int | Tensor) -> Tensor:
+    """What tells the draws of a row, layer and context from all others.
+
+    Parameters
+    ----------
+    row_seeds : Long[B]
+        In [0, 2⁴⁸).
+    layers : int or Long[N, 1]
+    lengths : int or Long[B]
+        Tokens of each row's context: another cut draws anew.
+
+    Returns
+    -------
+    Long[B] or Long[N, B]
+    """
+    stream = _mix(layers * 65_537 + lengths)
     for part in (row_seeds >> LOW_BITS, row_seeds & (2**LOW_BITS - 1)):
         stream = _mix(stream ^ part)
-    heads = torch.arange(num_heads, device=row_seeds.device)[:, None] << POSITION_BITS
-    places = _mix(heads + torch.arange(length, device=row_seeds.device))
-    return (_mix(stream[:, None, None] ^ places) >> 8).float() / 2**24
+    return stream
+
+
+@functools.lru_cache(maxsize=8)  # the same in every layer
+@torch.inference_mode(False)  # what is made in there could not be used outside
+def _places(num_heads: int, length: int, device: torch.device) -> Tensor:
+    """Long[H, L]: a hash of each head and position."""
+    heads = torch.arange(num_heads, device=device)[:, None] << POSITION_BITS
+    places: Tensor = _mix(heads + torch.arange(length, device=device))
+    return places
 
 
 def _mix(x: Any) -> Any:

@@ -75,6 +75,7 @@ class ForwardEviction:
             make_rule(name, ratio, selector, plan.geometry)
             for name, ratio in zip(plan.rules, plan.keep_ratios, strict=True)
         ]
+        self._of_all_layers: dict[int, Kept] = {}
         self._layer_inputs: dict[int, tuple[Tensor, PositionEmbeddings]] = {}
 
     def stash(self, module: nn.Module, hidden_states: Tensor, position_embeddings: PositionEmbeddings) -> None:
@@ -93,13 +94,23 @@ class ForwardEviction:
         contexts = self._contexts(module, key, value)
         seed = self.plan.seed + layer if set(SKETCHING_RULES) & set(self.plan.rules) else None
         with scoring(module, key.device, seed, differentiable=layer in self.importance):
-            decided = [rule.keep(context) for rule, context in zip(self._rules, contexts, strict=True)]
+            decided = [self._keep(place, context) for place, context in enumerate(contexts)]
         selection = self._selection_loss(layer, decided)
         if layer not in self.keeps:
             self.keeps[layer], self.counts[layer] = [kept.keep for kept in decided], [kept.number for kept in decided]
             if selection is not None:
                 self.selection_losses[layer] = selection
         return self.keeps[layer]
+
+    def _keep(self, place: int, context: LayerContext) -> Kept:
+        """What the rule at a cut keeps; once for all layers where that is the same."""
+        rule = self._rules[place]
+        if not rule.same_in_all_layers:
+            return rule.keep(context)
+        if place not in self._of_all_layers:
+            self._of_all_layers[place] = rule.keep(context)
+        kept = self._of_all_layers[place]
+        return kept._replace(keep=kept.keep.to(context.keys.device))
 
     def _decides(self, layer: int) -> bool:
         """Whether the layer's rules run now: once, and again for the gradient of their scores when recomputed."""

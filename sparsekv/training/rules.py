@@ -5,11 +5,11 @@ sample. Their names stand in `choices.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
-from kvpress import PyramidKVPress, ScorerPress, TOVAPress
+from kvpress import PyramidKVPress, ScorerPress, StreamingLLMPress, TOVAPress
 from kvpress.utils import compute_n_kept
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from sparsekv.anchors import AnchorSelector
 from sparsekv.presses import AnchorPress, make_press, without_waiting
 from sparsekv.training.anchor import build_kv_mask_from_anchors
 from sparsekv.training.choices import PRESS_RULES, check_rules
-from sparsekv.training.draws import uniform_draws
+from sparsekv.training.draws import row_streams, uniform_draws
 
 PositionEmbeddings = tuple[Tensor, Tensor] | None
 
@@ -80,6 +80,9 @@ class Kept(NamedTuple):
 class Rule(Protocol):
     """Decides `keep` for one layer and cut."""
 
+    @property
+    def same_in_all_layers(self) -> bool: ...
+
     def keep(self, context: LayerContext) -> Kept: ...
 
 
@@ -88,6 +91,11 @@ class PressRule:
     """The entries a `ScorerPress` keeps: the top of its own score, as its `compress` does."""
 
     press: ScorerPress
+
+    @property
+    def same_in_all_layers(self) -> bool:
+        """Whether what is kept depends on tokens and positions only."""
+        return type(self.press) in (AnchorPress, StreamingLLMPress)
 
     def keep(self, context: LayerContext) -> Kept:
         if context.real is not None:
@@ -133,13 +141,14 @@ class AnchorRandomRule:
 
     selector: AnchorSelector
     keep_ratio: float
+    same_in_all_layers: ClassVar[bool] = False
 
     def keep(self, context: LayerContext) -> Kept:
         anchors = self.selector(context.input_ids, context.real).to(context.keys.device)
         heads, length = context.keys.shape[1:3]
         lengths = length if context.real is None else context.real.sum(-1)
         seeds = torch.as_tensor(context.row_seeds, device=anchors.device)
-        draws = uniform_draws(seeds, layer_of(context.module), lengths, heads, length)
+        draws = uniform_draws(row_streams(seeds, layer_of(context.module), lengths), heads, length)
         keep = build_kv_mask_from_anchors(anchors, self.keep_ratio, heads, draws, context.real)
         counts = keep.sum(-1).flatten().tolist()  # rows whose anchors exceed the budget keep more than the others
         return Kept(keep, counts[0] if len(set(counts)) == 1 else None)
@@ -150,10 +159,12 @@ class SeededRandomPress(ScorerPress):
     """kvpress's RandomPress with draws that depend on the row and layer, never on the batch or on global state."""
 
     row_seeds: Sequence[int] | Tensor = ()
+    _streams: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    _streams_of: tuple[Any, int] = field(default=((), 0), init=False, repr=False, compare=False)
 
     def score(
         self,
-        module: nn.Module,
+        module: Any,
         hidden_states: Tensor,
         keys: Tensor,
         values: Tensor,
@@ -161,8 +172,12 @@ class SeededRandomPress(ScorerPress):
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Uniform float32[B, G, C]."""
-        seeds = torch.as_tensor(self.row_seeds, device=keys.device)
-        return uniform_draws(seeds, layer_of(module), keys.shape[2], *keys.shape[1:3])
+        heads, length = keys.shape[1:3]
+        if self._streams is None or self._streams_of[0] is not self.row_seeds or self._streams_of[1] != length:
+            seeds = torch.as_tensor(self.row_seeds, device=keys.device)
+            layers = torch.arange(module.config.num_hidden_layers, device=keys.device)[:, None]
+            self._streams, self._streams_of = row_streams(seeds, layers, length), (self.row_seeds, length)
+        return uniform_draws(self._streams[layer_of(module)].to(keys.device), heads, length)
 
 
 def layer_of(module: nn.Module) -> int:
@@ -183,6 +198,7 @@ class AnchorRule:
     """Every anchor and nothing else: what a static cache holds besides its recent window."""
 
     selector: AnchorSelector
+    same_in_all_layers: ClassVar[bool] = True
 
     def keep(self, context: LayerContext) -> Kept:
         anchors = self.selector(context.input_ids, context.real).to(context.keys.device)

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from sparsekv.training.draws import _mix, uniform_draws
+from sparsekv.training.draws import _mix, row_streams, uniform_draws
 
 SEEDS = torch.tensor([0, 1, 2**24, 2**48 - 1, 123_456_789_012])
 HEADS, LENGTH = 3, 2000
 
 
 def draws(layer=0, length=LENGTH, seeds=SEEDS, cut=None):
-    return uniform_draws(seeds, layer, LENGTH if cut is None else cut, HEADS, length)
+    return uniform_draws(row_streams(seeds, layer, LENGTH if cut is None else cut), HEADS, length)
 
 
 def test_a_draw_depends_on_its_own_place_only():
@@ -29,6 +29,11 @@ def test_rows_layers_cuts_and_heads_draw_independently():
     assert correlation.abs().max() < 5 / LENGTH**0.5
     neighbours = torch.corrcoef(torch.stack([series[:, :-1].flatten(), series[:, 1:].flatten()]))[0, 1]
     assert abs(float(neighbours)) < 0.01
+
+
+def test_streams_of_all_layers_are_those_of_each():
+    every = row_streams(SEEDS, torch.arange(5)[:, None], LENGTH)
+    assert torch.equal(every, torch.stack([row_streams(SEEDS, layer, LENGTH) for layer in range(5)]))
 
 
 def test_draws_are_uniform():
