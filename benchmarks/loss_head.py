@@ -9,6 +9,7 @@ head take (GPU only), and the largest single tensor made (not known of what is c
 """
 
 import argparse
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -52,8 +53,13 @@ def plain_loss(student: Tensor, teacher: Tensor, labels: Tensor, head: nn.Module
     return F.cross_entropy(logits, labels, reduction="sum") + kl
 
 
-def measure(loss: Callable[[], Tensor], student: Tensor, repeats: int) -> tuple[float, float | None, float]:
-    """(median ms, peak MiB above the inputs or None, MiB of the largest tensor) of forward + backward, warmed up."""
+def measure(
+    loss: Callable[[], Tensor], student: Tensor, repeats: int, watch: bool
+) -> tuple[float, float | None, float | None]:
+    """(median ms, peak MiB above the inputs, MiB of the largest tensor) of forward + backward, warmed up.
+
+    None: no GPU; not to `watch`.
+    """
     on_gpu = student.device.type == "cuda"
 
     def step() -> float:
@@ -64,7 +70,7 @@ def measure(loss: Callable[[], Tensor], student: Tensor, repeats: int) -> tuple[
             torch.cuda.synchronize()
         return 1000 * (time.perf_counter() - start)
 
-    with LargestTensor() as largest:
+    with LargestTensor() if watch else contextlib.nullcontext() as largest:  # what it watches, torch does not compile
         step()
     step()
     student.grad, peak = None, None
@@ -74,7 +80,7 @@ def measure(loss: Callable[[], Tensor], student: Tensor, repeats: int) -> tuple[
     milliseconds = statistics.median([step() for _ in range(repeats)])
     if on_gpu:
         peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return milliseconds, peak, largest.bytes / 2**20
+    return milliseconds, peak, largest.bytes / 2**20 if largest else None
 
 
 def main() -> None:
@@ -107,9 +113,9 @@ def main() -> None:
     for column in ("variant", "ms", "peak MiB", "largest tensor MiB"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for variant, loss in variants.items():
-        milliseconds, peak, largest = measure(loss, student, options.repeats)
+        milliseconds, peak, largest = measure(loss, student, options.repeats, watch="compiled" not in variant)
         memory = "–" if peak is None else f"{peak:,.0f}"
-        table.add_row(variant, f"{milliseconds:.1f}", memory, "–" if "compiled" in variant else f"{largest:,.1f}")
+        table.add_row(variant, f"{milliseconds:.1f}", memory, "–" if largest is None else f"{largest:,.1f}")
     Console().print(table)
 
 

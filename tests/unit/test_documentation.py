@@ -169,8 +169,8 @@ def test_figures_of_the_matrix_have_their_place(what):
 @each_document
 def test_flags_are_accepted(name, capsys):
     known = {flag for command in cli.COMMANDS for flag in options_of(command, capsys)} | OTHER_PROGRAMS
-    scripts = "".join(path.read_text("utf-8") for path in (ROOT / "scripts").glob("*.py"))
-    known |= set(re.findall(r'"(--\w+)"[:,]', scripts))
+    programs = [path for folder in ("scripts", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+    known |= set(re.findall(r'"(--\w+)"[:,]', "".join(path.read_text("utf-8") for path in programs)))
     used = re.findall(r"(?<![\w-])--[A-Za-z][\w.-]*\w", TEXTS[name])
     unknown = set(cli.with_underscores(used)) - known
     assert not unknown
