@@ -34,8 +34,9 @@ def tables(options: argparse.Namespace, rows: list[Row], rate: float) -> str:
     where = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     floors = {row.length: f"{1000 * row.flops / rate:,.0f} ms for {row.length:,} tokens" for row in rows if row.flops}
     whole = ("step", "tokens", "ms", "tokens/s", "× control", "× floor", "MFU", "peak GiB", "first step s")
+    batches = "1 micro-batch" if options.grad_accum == 1 else f"{options.grad_accum} micro-batches"
     text = (
-        f"{options.shape}, {'bfloat16' if on_gpu else 'float32'}, {options.grad_accum} micro-batches of "
+        f"{options.shape}, {'bfloat16' if on_gpu else 'float32'}, {batches} of "
         f"{options.batch_size} a step, {'with' if options.checkpointing else 'without'} checkpointing, {where}, torch "
         f"{torch.__version__}; mean of {options.steps} steps; floor at {rate / 1e12:.3g} TFLOP/s: "
         f"{', '.join(floors.values())}; commit {commit() or 'unknown'}.\n\n"

@@ -85,4 +85,4 @@ def test_the_command_fills_its_block(train_step, tmp_path, monkeypatch):
     text = document.read_text()
     assert all(text.count(f"\n| {name} | ") == 3 for name in ("control", "mixture"))
     assert text.count(f"\n| {train_step.DENSE} | 96 | ") == 1
-    assert text.count("tiny, float32, 1 micro-batches of 1 a step, without checkpointing") == 1
+    assert text.count("tiny, float32, 1 micro-batch of 1 a step, without checkpointing") == 1
