@@ -11,6 +11,7 @@ python scripts/self_chat.py --model smollm2-135m --output out/self_chat.jsonl
 import argparse
 import json
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from sparsekv.errors import UserError, require
 from sparsekv.files import check_writable, write_text, writing
-from sparsekv.models import load_model, load_tokenizer
+from sparsekv.models import check_device, load_model, load_tokenizer
 from sparsekv.progress import CountProgress
 from sparsekv.prompts import open_turn
 
@@ -45,15 +46,20 @@ def main(options: argparse.Namespace) -> None:
 
     The same call on the same machine writes the same text.
     """
-    output = options.output
+    output, most = options.output, 2**32
+    require(output.suffix == ".jsonl", f"--output {output}: name a .jsonl file")
+    require(0 <= options.seed < most, f"--seed {options.seed}: a number from 0 to {most - 1} is needed")
     for name in ("conversations", "answer_tokens", "batch_size"):
         require(getattr(options, name) > 0, f"--{name} {getattr(options, name)}: a number of 1 or more is needed")
     require(not output.exists(), f"--output {output}: exists already; name a new file")
     check_writable(output.parent, "--output")
+    check_device(options.device, "--device")
     tokenizer = load_tokenizer(options.model)
+    require(tokenizer.eos_token_id is not None, f"--model {options.model}: its tokenizer has no end-of-sequence token")
     require(tokenizer.chat_template is not None, f"--model {options.model}: its tokenizer has no chat template")
     model = load_model(options.model, device_map=options.device)
-    partial = output.with_name(f"{output.name}.{options.answer_tokens}-{options.batch_size}-{options.seed}.partial")
+    settings = [str(vars(options)[name]) for name in ("model", "answer_tokens", "batch_size", "seed", "device")]
+    partial = output.with_name(f"{output.name}.{sha256(' '.join(settings).encode()).hexdigest()[:12]}.partial")
     with CountProgress("conversations", options.conversations) as progress, writing(output, "--output"):
         output.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
@@ -67,6 +73,7 @@ def main(options: argparse.Namespace) -> None:
                 write_text(partial, "".join(f"{line}\n" for line in done))
             progress.advance(min(options.batch_size, options.conversations - start))
         ended = [line for line in done[: options.conversations] if json.loads(line)["text"]]
+        require(bool(ended), f"--answer_tokens {options.answer_tokens}: no conversation came to its end; give more")
         write_text(output, "".join(f"{line}\n" for line in ended))
         partial.unlink()
 
@@ -90,6 +97,7 @@ def continuations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int
 ) -> list[str | None]:
     """What the model goes on with, sampled, up to where it ends its turn; None: it does not."""
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     generate: Any = model.generate
     found = generate(
@@ -102,7 +110,9 @@ def continuations(
         pad_token_id=tokenizer.eos_token_id,
     )
     new = found[:, inputs["input_ids"].shape[1] :]
-    ended = (new == tokenizer.eos_token_id).any(1).tolist()
+    stop: Any = model.generation_config.eos_token_id if model.generation_config else None
+    ids = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
+    ended = torch.isin(new, torch.tensor(sorted(ids), device=new.device)).any(1).tolist()
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     return [text.strip() if end else None for text, end in zip(texts, ended, strict=True)]
 
@@ -110,8 +120,12 @@ def continuations(
 if __name__ == "__main__":
     set_verbosity_error()
     disable_progress_bar()
+    asked = parse()
     try:
-        main(parse())
+        main(asked)
     except UserError as error:
         print(f"self_chat.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.cuda.OutOfMemoryError:
+        print(f"self_chat.py: --batch_size {asked.batch_size}: out of memory; give a smaller one", file=sys.stderr)
         sys.exit(2)

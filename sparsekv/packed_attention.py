@@ -7,7 +7,6 @@ of different lengths, which flash attention takes as it is.
 Shapes: B batch, H query heads, G key/value heads, L tokens, D head dimension, T keys of a row's pieces together.
 """
 
-import contextlib
 import functools
 import inspect
 import itertools
@@ -17,19 +16,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-varlen_attn: Any = None
-with contextlib.suppress(ImportError):  # torch < 2.10
-    from torch.nn.attention.varlen import varlen_attn
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # torch < 2.10
+    PARAMETERS: frozenset[str] = frozenset()
+else:
+    PARAMETERS = frozenset(inspect.signature(varlen.varlen_attn).parameters)
 
 CAUSAL = (-1, 0)  # a window without end to the left; aligned at the last token of each piece
-# Since torch 2.12 key/value heads that several query heads share are asked for.
-SHARED_HEADS = {"enable_gqa": True} if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+# Later versions want to be told of key/value heads that several query heads share.
+SHARED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in PARAMETERS else {}
 
 
 def packs(query: Tensor, dropout: float) -> bool:
     """Whether flash attention can take queries [B, H, L, D] of this kind, on their device."""
     return (
-        varlen_attn is not None
+        {"scale", "window_size"} <= PARAMETERS  # the first version had neither
         and query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] % 8 == 0
@@ -67,7 +69,7 @@ def packed_attention(
     pieces = _pieces(batch, length, tuple(cuts), tuple(counts), query.device)
     index = packed_index(keeps, cuts, counts, length).transpose(1, 2)[..., None].expand(-1, -1, -1, width)
     keys, values = (x.transpose(1, 2).gather(1, index).flatten(0, 1) for x in (key, value))
-    out: Tensor = varlen_attn(
+    out: Any = varlen.varlen_attn(
         query.transpose(1, 2).flatten(0, 1),
         keys,
         values,

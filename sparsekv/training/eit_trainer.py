@@ -281,7 +281,8 @@ class EITTrainer(Trainer):
             first_query = cut if self.config.geometry == "two_region" else 0
             labels, _ = loss_tokens(inputs["input_ids"], inputs.get("attention_mask"), first_query)
             with KVDropoutContext(self.base, plan, self.selector):
-                total[0] += run_with_loss(self.model_wrapped, self.base, inputs, _cross_entropy(labels))
+                nll = run_with_loss(self.model_wrapped, self.base, inputs, _cross_entropy(labels))
+            total[0] += nll.to(total.device)
             total[1] += (labels != IGNORE_INDEX).sum()
         nll, tokens = self.accelerator.reduce(total, reduction="sum").tolist()
         return nll / tokens

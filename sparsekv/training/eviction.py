@@ -75,7 +75,7 @@ class ForwardEviction:
             make_rule(name, ratio, selector, plan.geometry)
             for name, ratio in zip(plan.rules, plan.keep_ratios, strict=True)
         ]
-        self._of_all_layers: dict[int, Kept] = {}
+        self._of_all_layers: dict[tuple[int, int], Kept] = {}  # cut and heads
         self._layer_inputs: dict[int, tuple[Tensor, PositionEmbeddings]] = {}
 
     def stash(self, module: nn.Module, hidden_states: Tensor, position_embeddings: PositionEmbeddings) -> None:
@@ -107,9 +107,10 @@ class ForwardEviction:
         rule = self._rules[place]
         if not rule.same_in_all_layers:
             return rule.keep(context)
-        if place not in self._of_all_layers:
-            self._of_all_layers[place] = rule.keep(context)
-        kept = self._of_all_layers[place]
+        known = place, context.keys.shape[1]
+        if known not in self._of_all_layers:
+            self._of_all_layers[known] = rule.keep(context)
+        kept = self._of_all_layers[known]
         return kept._replace(keep=kept.keep.to(context.keys.device))
 
     def _decides(self, layer: int) -> bool:

@@ -75,7 +75,7 @@ class Meter:
         anchors = selector(input_ids[:, :context], None if attention_mask is None else attention_mask[:, :context])
         requested = 1.0 if eviction is None else sum(plan.keep_ratios) / len(plan.keep_ratios)
         actual = 1.0 if eviction is None else eviction.keep_ratio()
-        tokens, context_tokens = counts.clamp(min=1)
+        tokens, context_tokens = counts.to(sums.ce.device).clamp(min=1)  # the last layer's, not always the first one's
         parts = (sums.ce / tokens, sums.kl / tokens, sums.kl_context / context_tokens, selection.detach())
         row = torch.stack([part.double().to(anchors.device) for part in (*parts, anchors.double().mean())])
         self.sums = row if self.sums is None else self.sums + row

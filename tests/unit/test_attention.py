@@ -123,7 +123,7 @@ def test_pieces_packed_for_one_flash_call_equal_dense(case, scaling):
     ]
     upstream = torch.randn(tensors[0].shape, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed_attention, "varlen_attn", rows_of_different_lengths)
+        patch.setattr(packed_attention.varlen, "varlen_attn", rows_of_different_lengths)
         packed = attention_and_gradients(
             lambda *qkv: packed_attention.packed_attention(*qkv, keeps, cuts, counts, scaling), tensors, upstream
         )
@@ -131,6 +131,17 @@ def test_pieces_packed_for_one_flash_call_equal_dense(case, scaling):
     dense = attention_and_gradients(lambda *qkv: dense_attention(*qkv, mask, scaling), tensors, upstream)
     for ours, reference in zip(packed, dense, strict=True):
         torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("parameters", [set(), {"query", "is_causal"}, {"scale", "window_size"}])
+def test_an_older_torch_packs_nothing(parameters, monkeypatch):
+    class OnAGpu:
+        is_cuda, dtype, shape, device = True, torch.bfloat16, (1, 2, 3, 64), "cuda:0"
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(packed_attention, "PARAMETERS", frozenset(parameters))
+    assert packed_attention.packs(OnAGpu, 0.0) == ("scale" in parameters)
+    assert not packed_attention.packs(OnAGpu, 0.1)
 
 
 def test_packed_keys_are_what_each_cut_kept_and_its_own_segment():

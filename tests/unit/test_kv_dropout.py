@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, repeat_kv
 
 from sparsekv.errors import UserError
-from sparsekv.training import eviction, kv_dropout
+from sparsekv.training import eviction, kv_dropout, rules
 from sparsekv.training.anchor import AnchorConfig, AnchorSelector
 from sparsekv.training.choices import OWN_RULES, PRESS_RULES
 from sparsekv.training.eviction import ForwardEviction
@@ -385,6 +385,23 @@ def test_scoring_leaves_the_random_state_alone(context_class, model, selector, i
     drawn = torch.rand(3)
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(3))
+
+
+@pytest.mark.parametrize("name", ["anchor", "streaming_llm", "knorm"])
+def test_rules_that_read_no_layer_decide_once_for_all(name, model, selector, ids, monkeypatch):
+    plan = EvictionPlan("two_region", (CUT, CUT + 5), (name, name), (0.3, 0.5), 3)
+    calls = []
+    decide = rules.PressRule.keep
+    monkeypatch.setattr(rules.PressRule, "keep", lambda rule, context: calls.append(1) or decide(rule, context))
+    with KVDropoutContext(model, plan, selector) as context:
+        once = logits(model, ids)
+        keeps, layers = context.last.keeps, model.config.num_hidden_layers
+    assert len(calls) == (2 if name != "knorm" else 2 * layers)
+    monkeypatch.setattr(rules.PressRule, "same_in_all_layers", False)
+    with KVDropoutContext(model, plan, selector) as context:
+        assert torch.equal(logits(model, ids), once)
+        for layer in range(layers):
+            assert all(map(torch.equal, context.last.keeps[layer], keeps[layer]))
 
 
 # --- nesting and the teacher -----------------------------------------------------------------------------------------

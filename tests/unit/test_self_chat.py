@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -81,12 +82,42 @@ def test_a_stopped_call_is_gone_on_from(script, tmp_path, monkeypatch):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["stopped.jsonl", "whole.jsonl"]
 
 
+def test_another_model_does_not_go_on_from_it(script, tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "converse", stop)
+    for model in ("one", "another"):
+        with pytest.raises(KeyboardInterrupt):
+            script.main(options(tmp_path / "chat.jsonl", model=model))
+    assert len(list(tmp_path.glob("chat.jsonl.*.partial"))) == 2
+
+
+def test_the_program_ends_with_status_2(tmp_path):
+    (tmp_path / "there.jsonl").write_text("")
+    command = [sys.executable, str(SCRIPT), "--output", str(tmp_path / "there.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"self_chat.py: --output {tmp_path}/there.jsonl: exists already; name a new file"
+    ]
+
+
 def test_one_line_for_what_cannot_be(script, tmp_path):
     (tmp_path / "there.jsonl").write_text("")
     with pytest.raises(UserError, match=r"--output .*there.jsonl: exists already"):
         script.main(options(tmp_path / "there.jsonl"))
     with pytest.raises(UserError, match="--conversations 0: a number of 1 or more"):
         script.main(options(tmp_path / "new.jsonl", conversations=0))
+    with pytest.raises(UserError, match="--seed 100000000000000: a number from 0"):
+        script.main(options(tmp_path / "new.jsonl", seed=10**14))
+    with pytest.raises(UserError, match=r"--output .*new.txt: name a .jsonl file"):
+        script.main(options(tmp_path / "new.txt"))
+    with pytest.raises(UserError, match="--device gpu"):
+        script.main(options(tmp_path / "new.jsonl", device="gpu"))
+    with pytest.raises(UserError, match="--answer_tokens 1: no conversation came to its end"):
+        script.main(options(tmp_path / "new.jsonl", answer_tokens=1, conversations=2))
+    assert not (tmp_path / "new.jsonl").exists()
     script.load_tokenizer("tiny").chat_template = None
     with pytest.raises(UserError, match="--model tiny: its tokenizer has no chat template"):
         script.main(options(tmp_path / "new.jsonl"))
