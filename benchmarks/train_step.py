@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
     parser.add_argument("--baseline", action="store_true", help="also dense masks and full logits")
     parser.add_argument("--check", action="store_true", help="also compare with dense masks and full logits")
+    parser.add_argument("--profile", action="store_true", help="also the kernels of one more step, by time")
     parser.add_argument("--doc", type=Path, help="Markdown file whose block is replaced")
     parser.add_argument("--block", help="its name; default: train_step and the device")
     options = parser.parse_args()
@@ -121,7 +122,7 @@ def measure(options: argparse.Namespace, row: Row) -> None:
         trainer.add_callback(stopwatch)
         with stopwatch.clock:
             trainer.train()
-        if options.check and row.name in ("control", "keep 0.3", "mixture"):
+        if options.check and row.length == options.lengths[0] and row.name in ("control", "keep 0.3", "mixture"):
             row.check = compare(trainer)
 
 
@@ -133,7 +134,7 @@ def make_trainer(options: argparse.Namespace, row: Row, folder: str) -> EITTrain
         device_map="cpu" if options.device == "cpu" else None,
         batch_size=options.batch_size,
         grad_accum=options.grad_accum,
-        max_steps=options.warm_up + 2 * options.steps,
+        max_steps=options.warm_up + 2 * options.steps + options.profile,
         max_seq_len=row.length,
         gradient_checkpointing=options.checkpointing,
         eval_steps=0,
@@ -177,7 +178,7 @@ class Stopwatch(TrainerCallback):
         }
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.begun = synchronized()
+        self.begun, self.graphs = synchronized(), graphs()
 
     def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         done, steps, row = state.global_step - self.options.warm_up, self.options.steps, self.row
@@ -197,6 +198,25 @@ class Stopwatch(TrainerCallback):
             batches = steps * self.options.grad_accum
             row.parts = {part: seconds / batches for part, seconds in self.clock.stop().items()}
             row.graphs = graphs() - self.graphs
+            self.profiler = torch.profiler.profile() if self.options.profile else None
+            if self.profiler:
+                self.profiler.start()
+        elif done == 2 * steps + 1:
+            synchronized()
+            self.profiler.stop()
+            print(kernels(self.profiler, self.options.device), flush=True)
+
+
+def kernels(profiler: torch.profiler.profile, device: str) -> str:
+    """What a GPU did (on a CPU, which operations took long), the longest first, and how often."""
+    averages = profiler.key_averages()
+    if device == "cpu":
+        return averages.table(sort_by="self_cpu_time_total", row_limit=20)
+    found = [event for event in averages if event.device_type == torch.autograd.DeviceType.CUDA]
+    busy, count = sum(event.self_device_time_total for event in found) / 1000, sum(event.count for event in found)
+    longest = sorted(found, key=lambda event: -event.self_device_time_total)[:20]
+    lines = [f"{event.self_device_time_total / 1000:9.2f} ms {event.count:7d}  {event.key[:90]}" for event in longest]
+    return "\n".join([f"{busy:,.1f} ms in {count:,} kernels of one step", *lines])
 
 
 def graphs() -> int:

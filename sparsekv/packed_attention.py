@@ -50,21 +50,7 @@ def packed_attention(
     counts: Sequence[int],
     scaling: float | None,
 ) -> Tensor:
-    """`two_region_attention`, for what `packs`.
-
-    Parameters
-    ----------
-    query : [B, H, L, D]
-    key, value : [B, G, L, D]
-    keeps : sequence of Bool[B, G, cut_j]
-    cuts, counts : sequences of int
-    scaling : float, optional
-        Factor on the logits; 1/√D by default.
-
-    Returns
-    -------
-    [B, H, L, D]
-    """
+    """`attention.two_region_attention` of [B, H, L, D] queries, for what `packs`: its arguments, its result."""
     batch, _, length, width = query.shape
     pieces = _pieces(batch, length, tuple(cuts), tuple(counts), query.device)
     index = packed_index(keeps, cuts, counts, length).transpose(1, 2)[..., None].expand(-1, -1, -1, width)

@@ -77,13 +77,13 @@ class EITTrainer(Trainer):
         self.config = config
         self.teacher = teacher
         self.logit_sums: LogitSums = sums_from_logits
-        if self.config.needs_teacher and teacher is None and not hasattr(model, "disable_adapter"):
+        self._modules = list(self.base.modules())
+        self._adapters = [module for module in self._modules if hasattr(module, ADAPTER_SWITCH)]
+        if self.config.needs_teacher and teacher is None and not self._adapters:
             raise ValueError("training every parameter against a teacher needs `teacher`, a frozen copy of the base")
         checkpointing: Any = args.gradient_checkpointing and args.gradient_checkpointing_kwargs
         if self.config.selects and checkpointing and checkpointing.get("use_reentrant"):
             raise ValueError("the selection loss needs checkpointing with use_reentrant=False")
-        self._modules = list(self.base.modules())
-        self._adapters = [module for module in self._modules if hasattr(module, ADAPTER_SWITCH)]
         self.selector = AnchorSelector(config.anchors, tokenizer, self.base.config, self.base.generation_config)
         self.schedule = config.make_schedule(total_steps=1)  # remade when training begins and its steps are known
         self._resumed_schedule: dict[str, Any] | None = None

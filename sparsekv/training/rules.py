@@ -159,8 +159,7 @@ class SeededRandomPress(ScorerPress):
     """kvpress's RandomPress with draws that depend on the row and layer, never on the batch or on global state."""
 
     row_seeds: Sequence[int] | Tensor = ()
-    _streams: Tensor | None = field(default=None, init=False, repr=False, compare=False)
-    _streams_of: tuple[Any, int] = field(default=((), 0), init=False, repr=False, compare=False)
+    _known: tuple[Any, int, Tensor] | None = field(default=None, init=False, repr=False, compare=False)
 
     def score(
         self,
@@ -173,11 +172,11 @@ class SeededRandomPress(ScorerPress):
     ) -> Tensor:
         """Uniform float32[B, G, C]."""
         heads, length = keys.shape[1:3]
-        if self._streams is None or self._streams_of[0] is not self.row_seeds or self._streams_of[1] != length:
+        if self._known is None or self._known[0] is not self.row_seeds or self._known[1] != length:
             seeds = torch.as_tensor(self.row_seeds, device=keys.device)
             layers = torch.arange(module.config.num_hidden_layers, device=keys.device)[:, None]
-            self._streams, self._streams_of = row_streams(seeds, layers, length), (self.row_seeds, length)
-        return uniform_draws(self._streams[layer_of(module)].to(keys.device), heads, length)
+            self._known = self.row_seeds, length, row_streams(seeds, layers, length)  # of all layers at once
+        return uniform_draws(self._known[2][layer_of(module)].to(keys.device), heads, length)
 
 
 def layer_of(module: nn.Module) -> int:

@@ -174,6 +174,19 @@ def test_their_numbers_are_known_where_nothing_is_padded(first_query):
     assert numbers == ((labels != -100).sum(), context.sum())
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_loss_asks_the_device_for_them_only_where_something_is(tmp_path, tiny_tokenizer, monkeypatch, padded):
+    told, plain = [], eit_trainer.distillation_loss
+    monkeypatch.setattr(
+        eit_trainer,
+        "distillation_loss",
+        lambda *args, **kwargs: told.append(kwargs["numbers"]) or plain(*args, **kwargs),
+    )
+    make_trainer(tmp_path, tiny_tokenizer, mixture(), data=rows(2, padded), max_steps=1).train()
+    assert told
+    assert all((numbers is None) == padded for numbers in told)
+
+
 # ---- the same step, cut differently ----
 
 

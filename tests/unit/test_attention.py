@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsekv import packed_attention
+from sparsekv import attention, packed_attention
 from sparsekv.attention import (
     causal_attention,
     combine_masks,
@@ -142,6 +142,16 @@ def test_an_older_torch_packs_nothing(parameters, monkeypatch):
     monkeypatch.setattr(packed_attention, "PARAMETERS", frozenset(parameters))
     assert packed_attention.packs(OnAGpu, 0.0) == ("scale" in parameters)
     assert not packed_attention.packs(OnAGpu, 0.1)
+
+
+def test_the_fast_path_packs_where_it_can(monkeypatch):
+    monkeypatch.setattr(attention, "packs", lambda query, dropout: True)
+    monkeypatch.setattr(attention, "packed_attention", lambda *arguments: arguments)
+    query, key = torch.randn(1, 2, 6, 8), torch.randn(1, 1, 6, 8)
+    keeps = [torch.tensor([[[True, False, True]]])]
+    arguments = two_region_attention(query, key, key, keeps, (3,), (2,), 0.7)
+    assert arguments[0] is query
+    assert arguments[3:] == (keeps, (3,), (2,), 0.7)
 
 
 def test_packed_keys_are_what_each_cut_kept_and_its_own_segment():

@@ -379,9 +379,11 @@ def test_presses_score_without_dropout_and_gradient(context_class, model, select
 
 
 @BOTH
-def test_scoring_leaves_the_random_state_alone(context_class, model, selector, ids):
+@pytest.mark.parametrize("rule", [*PRESS_RULES, *OWN_RULES])
+def test_scoring_leaves_the_random_state_alone(rule, context_class, model, selector, ids):
+    """Some draw a sketch: SKETCHING_RULES names them."""
     torch.manual_seed(0)
-    logits(model, ids, context_class(model, plan_for("leverage"), selector))  # draws a sketch
+    logits(model, ids, context_class(model, plan_for(rule), selector))
     drawn = torch.rand(3)
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(3))

@@ -196,6 +196,12 @@ def test_rules_keep_the_names_of_scores_where_kvpress_evaluation_names_a_wrapper
     }
 
 
+@pytest.mark.parametrize("name", ["snapkv", "tova", "expected_attention", "critical_snapkv"])
+def test_rules_score_without_waiting_for_the_gpu(name, selector):
+    press = make_rule(name, 0.5, selector).press
+    assert type(getattr(press, "press", press)).__module__ == "sparsekv.presses.without_waiting"
+
+
 def test_unknown_rules_are_refused_by_name(selector):
     with pytest.raises(UserError, match="--rules names 'snapvk'; did you mean snapkv"):
         make_rule("snapvk", 0.5, selector)

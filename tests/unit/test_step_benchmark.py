@@ -25,6 +25,7 @@ def options(**changes):
         "steps": 1,
         "warm_up": 2,
         "checkpointing": False,
+        "profile": False,
         "check": True,
     }
     return argparse.Namespace(**{**values, **changes})
@@ -74,13 +75,16 @@ def test_a_row_that_does_not_fit_says_so(train_step):
         train_step.run(lambda: (_ for _ in ()).throw(RuntimeError("another")), row)
 
 
-def test_the_command_fills_its_block(train_step, tmp_path, monkeypatch):
+def test_the_command_fills_its_block(train_step, tmp_path, monkeypatch, capsys):
     document = tmp_path / "page.md"
     document.write_text("before\n<!-- train_step cpu -->\n<!-- /train_step cpu -->\nafter\n")
-    flags = "--shape tiny --device cpu --lengths 96 --steps 1 --baseline --check --variants control mixture --doc"
+    flags = (
+        "--shape tiny --device cpu --lengths 96 --steps 1 --profile --baseline --check --variants control mixture --doc"
+    )
     monkeypatch.setattr("sys.argv", ["train_step.py", *flags.split(), str(document)])
     decide = train_step.ForwardEviction.decide
     train_step.main()
+    assert "Self CPU" in capsys.readouterr().out
     assert train_step.ForwardEviction.decide is decide
     text = document.read_text()
     assert all(text.count(f"\n| {name} | ") == 3 for name in ("control", "mixture"))
