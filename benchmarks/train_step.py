@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of a row; default: 2,048 and 4,096 on a GPU")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--grad_accum", type=int, help="micro-batches of an optimizer step; default: 8 on a GPU")
+    parser.add_argument("--num_cuts", type=int, default=TrainConfig.num_cuts)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--steps", type=int, help="timed together, and as many by part; default: 4 on a GPU")
     parser.add_argument("--warm_up", type=int, default=2, help="steps before them")
@@ -137,6 +138,7 @@ def make_trainer(options: argparse.Namespace, row: Row, folder: str) -> EITTrain
         max_steps=options.warm_up + 2 * options.steps + options.profile,
         max_seq_len=row.length,
         gradient_checkpointing=options.checkpointing,
+        num_cuts=options.num_cuts,
         eval_steps=0,
         **KEEP,
         **VARIANTS.get(row.name, VARIANTS["keep 0.3"]),

@@ -115,10 +115,12 @@ def two_region_attention(
     counts: Sequence[int],
     scaling: float | None,
     dropout: float = 0.0,
+    even: bool = True,
 ) -> Tensor:
     """Fast path: plain causal attention before the first cut, gathered keys after it; no dense mask on a GPU.
 
-    All of it is one flash call where that is possible (`packed_attention.py`), otherwise a call for each segment.
+    All of it is one flash call where that is possible (`packed_attention.py`), otherwise a call for each segment, or
+    dense attention where heads keep unlike numbers.
 
     Equal to `dense_attention` under `two_region_mask` when every head and row of `keeps[j]` keeps `counts[j]` entries
     and there is no padding. Work shrinks as more is evicted.
@@ -131,6 +133,10 @@ def two_region_attention(
     cuts, counts : sequences of int
     scaling : float, optional
         Factor on the logits; 1/√D by default.
+    dropout : float
+        On the probabilities.
+    even : bool
+        False when the heads of a row share a budget: they keep `counts[j]` entries on average.
 
     Returns
     -------
@@ -138,7 +144,9 @@ def two_region_attention(
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves them in fp32 after the rotary embedding
     if packs(query, dropout):
-        return packed_attention(query, key, value, keeps, cuts, counts, scaling)
+        return packed_attention(query, key, value, keeps, cuts, counts, scaling, even)
+    if not even:
+        return dense_attention(query, key, value, two_region_mask(keeps, cuts, query.shape[2]), scaling, dropout)
     sizes = [stop - start for start, stop in itertools.pairwise([0, *cuts, query.shape[2]])]
     queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))  # one backward for all slices
     index = torch.cat([kept_indices(keep, count) for keep, count in zip(keeps, counts, strict=True)], dim=-1)

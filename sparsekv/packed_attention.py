@@ -49,14 +49,41 @@ def packed_attention(
     cuts: Sequence[int],
     counts: Sequence[int],
     scaling: float | None,
+    even: bool,
 ) -> Tensor:
     """`attention.two_region_attention` of [B, H, L, D] queries, for what `packs`: its arguments, its result."""
+    if not even:
+        return _every_head_by_itself(query, key, value, keeps, cuts, counts, scaling)
     batch, _, length, width = query.shape
     pieces = _pieces(batch, length, tuple(cuts), tuple(counts), query.device)
     index = packed_index(keeps, cuts, counts, length).transpose(1, 2)[..., None].expand(-1, -1, -1, width)
     keys, values = (x.transpose(1, 2).gather(1, index).flatten(0, 1) for x in (key, value))
+    out = _flash(query.transpose(1, 2).flatten(0, 1), keys, values, pieces, scaling)
+    return out.unflatten(0, (batch, length)).transpose(1, 2)
+
+
+def _every_head_by_itself(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keeps: Sequence[Tensor],
+    cuts: Sequence[int],
+    counts: Sequence[int],
+    scaling: float | None,
+) -> Tensor:
+    """Key/value heads that share a budget: every head of a row is packed as a row of its own, as long as it is."""
+    shape, length = key.shape[:2], query.shape[2]
+    index = packed_index_uneven(keeps, cuts, counts, length)
+    keys, values = (x.flatten(0, 2).index_select(0, index)[:, None] for x in (key, value))
+    queries = query.unflatten(1, (shape[1], -1)).transpose(2, 3).flatten(0, 2)  # [B·G·L, H/G, D]
+    out = _flash(queries, keys, values, _uneven_pieces(keeps, cuts, length), scaling)
+    return out.unflatten(0, (*shape, length)).transpose(2, 3).flatten(1, 2)
+
+
+def _flash(queries: Tensor, keys: Tensor, values: Tensor, pieces: "_Pieces", scaling: float | None) -> Tensor:
+    """Tokens × heads × D each."""
     out: Any = varlen.varlen_attn(
-        query.transpose(1, 2).flatten(0, 1),
+        queries,
         keys,
         values,
         pieces.query_starts,
@@ -67,7 +94,8 @@ def packed_attention(
         window_size=CAUSAL,
         **SHARED_HEADS,
     )
-    return out.unflatten(0, (batch, length)).transpose(1, 2)
+    attended: Tensor = out
+    return attended
 
 
 def packed_index(keeps: Sequence[Tensor], cuts: Sequence[int], counts: Sequence[int], length: int) -> Tensor:
@@ -81,16 +109,32 @@ def packed_index(keeps: Sequence[Tensor], cuts: Sequence[int], counts: Sequence[
     length : int
         L.
     """
-    stops = [*cuts, length]
+    seen = _seen(keeps, cuts, length)
+    return _places_of(seen, _positions((*cuts, length), seen.device), length + sum(counts))
+
+
+def packed_index_uneven(keeps: Sequence[Tensor], cuts: Sequence[int], counts: Sequence[int], length: int) -> Tensor:
+    """The same where heads keep unlike numbers, `counts[j]` on average: Long[B·G·T], into B·G·L keys end to end."""
+    seen = _seen(keeps, cuts, length).flatten(0, 1)
+    rows = torch.arange(len(seen), device=seen.device)[:, None] * length
+    positions = rows + _positions((*cuts, length), seen.device)
+    return _places_of(seen.flatten(), positions.flatten(), len(seen) * (length + sum(counts)))
+
+
+def _seen(keeps: Sequence[Tensor], cuts: Sequence[int], length: int) -> Tensor:
+    """Bool[B, G, Σ stops]: which of the positions 0 … stop each piece sees, piece after piece."""
     own = _ones(length, keeps[0].device).expand(*keeps[0].shape[:2], -1)
     parts = [own[..., : cuts[0]]]
-    for keep, (cut, stop) in zip(keeps, itertools.pairwise(stops), strict=True):
+    for keep, (cut, stop) in zip(keeps, itertools.pairwise([*cuts, length]), strict=True):
         parts += [keep, own[..., cut:stop]]
-    seen = torch.cat(parts, dim=-1)
-    size = length + sum(counts)
+    return torch.cat(parts, dim=-1)
+
+
+def _places_of(seen: Tensor, positions: Tensor, size: int) -> Tensor:
+    """The positions of what is seen, Long[…, size], whose number is known without asking the GPU."""
     slot = torch.where(seen, seen.cumsum(-1) - 1, size)  # the last takes whatever is not seen
-    index = slot.new_empty(*slot.shape[:2], size + 1)
-    return index.scatter_(-1, slot, _positions(tuple(stops), seen.device).expand_as(slot))[..., :size]
+    index = slot.new_empty(*slot.shape[:-1], size + 1)
+    return index.scatter_(-1, slot, positions.expand_as(slot))[..., :size]
 
 
 class _Pieces(NamedTuple):
@@ -102,7 +146,7 @@ class _Pieces(NamedTuple):
     most_keys: int
 
 
-@functools.lru_cache(maxsize=4)  # the same in every layer
+@functools.lru_cache(maxsize=8)  # the same in every layer
 @torch.inference_mode(False)  # what is made in there could not be used outside
 def _pieces(batch: int, length: int, cuts: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> _Pieces:
     queries = [stop - start for start, stop in itertools.pairwise([0, *cuts, length])]
@@ -112,6 +156,16 @@ def _pieces(batch: int, length: int, cuts: tuple[int, ...], counts: tuple[int, .
         for sizes in (queries, keys)
     )
     return _Pieces(query_starts, key_starts, max(queries), max(keys))
+
+
+def _uneven_pieces(keeps: Sequence[Tensor], cuts: Sequence[int], length: int) -> _Pieces:
+    """Of rows that are heads; how many keys each has, only the GPU knows."""
+    device, rows = keeps[0].device, keeps[0].shape[:2].numel()
+    nothing = _pieces(rows, length, tuple(cuts), (0,) * len(cuts), device)  # kept: the queries' own keys alone
+    kept = torch.stack([keep.sum(-1, dtype=torch.int32) for keep in keeps], dim=-1)  # [B, G, cuts]
+    kept = torch.nn.functional.pad(kept, (1, 0)).flatten().cumsum(0, dtype=torch.int32)  # none before the first cut
+    key_starts = nothing.key_starts + torch.nn.functional.pad(kept, (1, 0))
+    return nothing._replace(key_starts=key_starts, most_keys=length)
 
 
 @functools.lru_cache(maxsize=4)

@@ -9,7 +9,6 @@ Shapes: B rows, H query heads, G key/value heads, S new tokens, N slots, D head 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, Cache
 
-logger = logging.getLogger(__name__)
+from sparsekv.kernels import works
 
 STATIC_ATTENTION = "sparsekv_static"
 
@@ -63,17 +62,13 @@ def _has_kernel(keys: Tensor) -> bool:
 
 @functools.cache
 def _runs(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
-    """Whether the kernel works here: torch for CUDA comes with Triton, but Triton needs a C compiler, too."""
-    try:
+    def rehearse() -> None:
         from sparsekv.inference.flash_decoding import flash_decoding
 
         entries = torch.zeros(1, 1, 16, dim, device=device, dtype=dtype)
         flash_decoding(entries[:, :, :1], entries, entries, torch.ones(1, dtype=torch.long, device=device), 1.0)
-    except Exception as error:  # Triton has errors of many kinds
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        logger.warning("attention without a kernel of its own: %s", lines[0])
-        return False
-    return True
+
+    return works(rehearse, "attention without a kernel of its own")
 
 
 class NewEntries(Cache):

@@ -7,24 +7,25 @@ from typing import Literal
 from sparsekv.errors import UserError
 
 OWN_RULES = ("anchor", "anchor_random", "random")
-# Rule → press: those with a score for every head of its own. By kvpress's names, `expected_attention` is the press in
-# which heads share a budget.
-PRESS_RULES = {
-    "compactor": "compactor",
-    "critical_expected_attention": "critical_expected_attention",
-    "critical_snapkv": "critical_snapkv",
-    "cur": "cur",
-    "expected_attention": "expected_attention_head",
-    "keydiff": "keydiff",
-    "knorm": "knorm",
-    "lagkv": "lagkv",
-    "leverage": "leverage",
-    "non_causal_attention": "non_causal_attention",
-    "pyramidkv": "pyramidkv",
-    "snapkv": "snapkv",
-    "streaming_llm": "streaming_llm",
-    "tova": "tova",
-}
+# Presses with a score for every head, or one that the heads of a layer share a budget by.
+PRESS_RULES = (
+    "adakv_snapkv",
+    "compactor",
+    "critical_expected_attention",
+    "critical_snapkv",
+    "cur",
+    "expected_attention",
+    "expected_attention_head",
+    "keydiff",
+    "knorm",
+    "lagkv",
+    "leverage",
+    "non_causal_attention",
+    "pyramidkv",
+    "snapkv",
+    "streaming_llm",
+    "tova",
+)
 # Those whose scores have a gradient: not positions, nor ranks among neighbours.
 SMOOTH_RULES = tuple(name for name in PRESS_RULES if name not in ("lagkv", "streaming_llm"))
 SKETCHING_RULES = ("compactor", "leverage")  # they draw from torch's global generator while they score

@@ -166,7 +166,8 @@ class EITTrainer(Trainer):
         importance: dict[int, list[Tensor]] = {}
 
         def receive(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
-            importance[layer] = later_attention(query, key, scaling, plan.cuts)
+            # as attended to: under autocast the rotary embedding leaves queries and keys in float32
+            importance[layer] = later_attention(query.to(value.dtype), key.to(value.dtype), scaling, plan.cuts)
 
         with observing(teacher, receive):
             yield

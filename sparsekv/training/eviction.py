@@ -44,7 +44,9 @@ class ForwardEviction:
     ----------
     keeps : dict of layer → list of Bool[B, G, cut]
     counts : dict of layer → list of int or None
-        Entries that each head of each row keeps at a cut; None when that differs.
+        Entries that a head keeps at a cut, in every row on average over its heads; None when rows differ.
+    even : dict of layer → bool
+        Whether every head keeps that number at every cut.
     selection_losses : dict of layer → Float32[B]
         The selection loss of each row, mean over cuts; a cut whose rule has no score with a gradient adds 0.
     recomputed : bool
@@ -65,6 +67,7 @@ class ForwardEviction:
         self.plan, self.selector, self.input_ids, self.real = plan, selector, input_ids, real
         self.keeps: dict[int, list[Tensor]] = {}
         self.counts: dict[int, list[int | None]] = {}
+        self.even: dict[int, bool] = {}
         self.importance = importance
         self.selection_losses: dict[int, Tensor] = {}
         self.recomputed = False
@@ -98,6 +101,7 @@ class ForwardEviction:
         selection = self._selection_loss(layer, decided)
         if layer not in self.keeps:
             self.keeps[layer], self.counts[layer] = [kept.keep for kept in decided], [kept.number for kept in decided]
+            self.even[layer] = all(kept.even for kept in decided)
             if selection is not None:
                 self.selection_losses[layer] = selection
         return self.keeps[layer]
@@ -139,7 +143,7 @@ class ForwardEviction:
         if layer not in self.importance:
             return None
         losses = [
-            selection_loss(kept.scores, kept.number, importance.to(kept.scores.device))
+            _selection_loss(kept, importance.to(kept.scores.device))
             for kept, importance in zip(decided, self.importance[layer], strict=True)
             if kept.scores is not None and kept.scores.requires_grad and kept.number is not None
         ]
@@ -174,9 +178,11 @@ class ForwardEviction:
     ) -> Tensor:
         """Attention of one layer under the plan: [B, H, L, D], by the fast path where it applies."""
         keeps = self.decide(module, key, value)
-        counts = [count for count in self.counts[layer_of(module)] if count is not None]
+        layer = layer_of(module)
+        counts = [count for count in self.counts[layer] if count is not None]
         if self.plan.geometry == "two_region" and attention_mask is None and len(counts) == len(keeps):
-            return two_region_attention(query, key, value, keeps, self.plan.cuts, counts, scaling, dropout)
+            even = self.even[layer]
+            return two_region_attention(query, key, value, keeps, self.plan.cuts, counts, scaling, dropout, even)
         mask = combine_masks(self.mask(module, key, value), attention_mask)
         return dense_attention(query, key, value, mask, scaling, dropout)
 
@@ -200,6 +206,15 @@ class ForwardEviction:
                 kept += float(keep.sum()) if count is None else rows * heads * count
                 total += heads * (rows * cut if self.real is None else float(self.real[:, :cut].sum()))
         return kept / total
+
+
+def _selection_loss(kept: Kept, importance: Tensor) -> Tensor:
+    """Float32[B] of one cut; over all heads together where they share a budget."""
+    assert kept.scores is not None
+    assert kept.number is not None
+    if kept.even:
+        return selection_loss(kept.scores, kept.number, importance)
+    return selection_loss(kept.scores, kept.number * importance.shape[1], importance.flatten(1)[:, None])
 
 
 def row_seeds(input_ids: Tensor, real: Tensor | None, seed: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Which entries of a context survive a cut: one rule, one `keep`.
 
-A rule is a press (the score of kvpress, so that the rule trained is the rule tested) or the anchors plus a random
+A rule is a press of kvpress (the rule trained is the press tested) or the anchors plus a random
 sample. Their names stand in `choices.py`.
 """
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
-from kvpress import PyramidKVPress, ScorerPress, StreamingLLMPress, TOVAPress
+from kvpress import AdaKVPress, PyramidKVPress, ScorerPress, StreamingLLMPress, TOVAPress
 from kvpress.utils import compute_n_kept
 from torch import Tensor, nn
 
 from sparsekv.anchors import AnchorSelector
 from sparsekv.presses import AnchorPress, make_press, without_waiting
 from sparsekv.training.anchor import build_kv_mask_from_anchors
-from sparsekv.training.choices import PRESS_RULES, check_rules
+from sparsekv.training.choices import check_rules
 from sparsekv.training.draws import row_streams, uniform_draws
 
 PositionEmbeddings = tuple[Tensor, Tensor] | None
@@ -67,14 +67,16 @@ class Kept(NamedTuple):
     """What a rule keeps of one layer at a cut.
 
     keep : Bool[B, G, C].
-    number : entries that each head of each row keeps; None when that differs.
+    number : entries that a head keeps, in every row on average over its heads; None when rows differ.
     scores : [B, G, C], what `keep` is the top of, with their gradient where that is on; None where the rule does not
-        rank, rows are padded or everything is kept.
+        rank, rows are padded or everything is kept. [B, 1, G·C] of heads that share a budget.
+    even : whether every head keeps that number.
     """
 
     keep: Tensor
     number: int | None
     scores: Tensor | None = None
+    even: bool = True
 
 
 class Rule(Protocol):
@@ -104,7 +106,10 @@ class PressRule:
         count = self._budget(context.module, length)
         if count >= length or length <= shortest_context(self.press):
             return Kept(torch.ones_like(context.keys[..., 0], dtype=torch.bool), length)
-        scores = self._score(context)
+        return self._top(self._score(context), count)
+
+    def _top(self, scores: Tensor, count: int) -> Kept:
+        """What scores [B, G, C] keep of `count` entries a head."""
         kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count, dim=-1).indices, True)
         return Kept(kept, count, scores)
 
@@ -133,6 +138,23 @@ class PressRule:
                 start, stop = int(positions[0]), int(positions[-1]) + 1
                 kept[row, :, start:stop] = self.keep(context.row(row, start, stop)).keep[0]
         return kept
+
+
+@dataclass
+class SharedBudgetRule(PressRule):
+    """The entries an `AdaKVPress` keeps: the heads of a layer share their budget, each with a floor of its own.
+
+    AdaKV (https://arxiv.org/abs/2407.11550). `press` is the one inside, whose scores it compares over heads.
+    """
+
+    safeguard: float = 0.0  # share of a head's budget that is its own
+
+    def _top(self, scores: Tensor, count: int) -> Kept:
+        safe = max(1, int(count * self.safeguard)) if self.safeguard > 0 else 0
+        pinned = scores.scatter(-1, scores.topk(safe, dim=-1).indices, torch.finfo(scores.dtype).max).flatten(1)
+        evicted = (-pinned).topk(pinned.shape[1] - scores.shape[1] * count, dim=-1).indices
+        kept = torch.ones_like(pinned, dtype=torch.bool).scatter_(-1, evicted, False)
+        return Kept(kept.view_as(scores), count, pinned[:, None], even=False)
 
 
 @dataclass
@@ -223,6 +245,8 @@ def make_rule(name: str, keep_ratio: float, selector: AnchorSelector, geometry: 
     if name == "anchor_random":
         return AnchorRandomRule(selector, keep_ratio)
     check_rules([name], geometry)
-    press = make_press(PRESS_RULES[name], ratio)
+    press = make_press(name, ratio)
+    if isinstance(press, AdaKVPress):
+        return SharedBudgetRule(without_waiting(press.press), press.alpha_safeguard)
     assert isinstance(press, ScorerPress)
     return PressRule(without_waiting(press))

@@ -7,6 +7,7 @@ loss lets the student's scores follow it.
 Shapes: B batch, H query heads, G key/value heads, L tokens, D head dimension, C = cut.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsekv.kernels import works
 from sparsekv.observe import causal_probabilities
 
 SAFE = 15.0  # spreads above the border: the loss there is below 1e-6
@@ -39,18 +41,39 @@ def later_attention(query: Tensor, key: Tensor, scaling: float, cuts: Sequence[i
     -------
     list of Float32[B, G, cut]
     """
-    batch, groups = key.shape[:2]
-    most = query.new_zeros(*query.shape[:3], dtype=torch.float32)
-    bounds = list(itertools.pairwise([*cuts, query.shape[2]]))
-    importance = []
-    for start, stop in reversed(bounds):  # the queries after a later cut also come after an earlier one
+    groups = key.shape[1]
+    most = _most_attention(query, key, scaling, cuts)
+    for earlier, later in reversed([*itertools.pairwise(most)]):  # queries after a later cut come after both
+        torch.maximum(earlier, later[..., : earlier.shape[-1]], out=earlier)
+    return [found.unflatten(1, (groups, -1)).amax(2) for found in most]
+
+
+def _most_attention(query: Tensor, key: Tensor, scaling: float, cuts: Sequence[int]) -> list[Tensor]:
+    """The most that queries from each cut to the next attend to each entry before it: Float32[B, H, cut] each."""
+    if query.is_cuda and _has_kernel(query.device, query.dtype, query.shape[-1]):
+        from sparsekv.training.later_kernel import most_attention
+
+        return most_attention(query, key, scaling, cuts)
+    found = []
+    for start, stop in itertools.pairwise([*cuts, query.shape[2]]):
         queries, keys = query[:, :, :stop], key[:, :, :stop]
-        for _, probabilities in causal_probabilities(queries, keys, scaling, first=start):
-            end = probabilities.shape[-1]
-            most[..., :end] = torch.maximum(most[..., :end], probabilities.amax(2))
-        shared = most[..., :start].view(batch, groups, -1, start)
-        importance.append(shared.amax(2))
-    return importance[::-1]
+        blocks = (probabilities for _, probabilities in causal_probabilities(queries, keys, scaling, first=start))
+        found.append(torch.stack([block[..., :start].amax(2) for block in blocks]).amax(0))
+    return found
+
+
+@functools.cache
+def _has_kernel(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """For heads of `width`: powers of 2, of a dtype that Triton multiplies as attention does."""
+
+    def rehearse() -> None:
+        from sparsekv.training.later_kernel import most_attention
+
+        zeros = torch.zeros(1, 1, 2, width, device=device, dtype=dtype)
+        most_attention(zeros, zeros, 1.0, (1,))
+
+    fits = dtype in (torch.bfloat16, torch.float16) and 16 <= width <= 256 and width & (width - 1) == 0
+    return fits and works(rehearse, "selection loss without a kernel of its own")
 
 
 def selection_loss(scores: Tensor, count: int, importance: Tensor) -> Tensor:

@@ -67,6 +67,7 @@ LAYERS = [  # a file imports from lower layers, from its own, and never from a h
         "tokens",
         "prompts",
         "cuda_graph",
+        "kernels",
         "packed_attention",
         "recall",
         "recall_few",

@@ -1,10 +1,12 @@
 """Rules: kvpress's own budgets, row by row under padding, and draws that depend on row and layer alone."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvpress import ExpectedAttentionPress
+from kvpress import AdaKVPress
 from kvpress.utils import compute_n_kept
 from tiny import make_tiny
 from transformers import DynamicCache
@@ -14,7 +16,14 @@ from sparsekv.presses import make_press
 from sparsekv.training.anchor import AnchorConfig, AnchorSelector
 from sparsekv.training.choices import OWN_RULES, PRESS_RULES, SMOOTH_RULES, STATIC_RULES, check_rules
 from sparsekv.training.eviction import row_seeds
-from sparsekv.training.rules import AnchorRandomRule, AnchorRule, LayerContext, SeededRandomPress, make_rule
+from sparsekv.training.rules import (
+    AnchorRandomRule,
+    AnchorRule,
+    LayerContext,
+    SeededRandomPress,
+    SharedBudgetRule,
+    make_rule,
+)
 
 RULES = sorted({*PRESS_RULES, *OWN_RULES})
 LENGTHS = [*range(1, 18), 63, 64, 65, 66, 300]
@@ -72,14 +81,19 @@ def test_as_many_are_kept_in_every_layer_as_kvpress_keeps(name, ratio, model, se
     length = 130
     ids = torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(0))
     cache = DynamicCache()
-    with torch.no_grad(), make_press(PRESS_RULES[name], 1 - ratio)(model):
+    with torch.no_grad(), make_press(name, 1 - ratio)(model):
         model.model(ids, past_key_values=cache)
     for layer in range(model.config.num_hidden_layers):
-        keep, count, _ = kept(name, ratio, selector, contexts(layer, torch.ones(2, length, dtype=torch.bool)))
+        keep, count, _, even = kept(name, ratio, selector, contexts(layer, torch.ones(2, length, dtype=torch.bool)))
         assert keep.shape == (2, model.config.num_key_value_heads, length)
         assert keep.dtype == torch.bool
-        assert (keep.sum(-1) == count).all()
-        assert count == cache.layers[layer].keys.shape[2] < length
+        assert (keep.sum((1, 2)) == count * keep.shape[1]).all()
+        if even:
+            assert (keep.sum(-1) == count).all()
+            assert count == cache.layers[layer].keys.shape[2] < length
+        else:  # kvpress hides what is evicted: its heads may keep unlike numbers
+            masked = model.model.layers[layer].self_attn.masked_key_indices
+            assert len(masked[0]) == keep.shape[1] * (length - count) > 0
 
 
 def test_pyramidkv_keeps_less_in_deeper_layers(selector, contexts):
@@ -93,7 +107,7 @@ def test_pyramidkv_keeps_less_in_deeper_layers(selector, contexts):
     length=st.integers(1, 200), ratio=st.floats(0.01, 1.0), name=st.sampled_from(["anchor", "anchor_random", "random"])
 )
 def test_own_rules_keep_kvpress_budget(length, ratio, name, no_anchors, contexts):
-    keep, count, _ = kept(name, ratio, no_anchors, contexts(0, torch.ones(2, length, dtype=torch.bool)))
+    keep, count, *_ = kept(name, ratio, no_anchors, contexts(0, torch.ones(2, length, dtype=torch.bool)))
     assert (keep.sum(-1) == count).all()
     assert count == compute_n_kept(length, 1 - ratio)
 
@@ -108,7 +122,7 @@ def test_contexts_too_short_for_a_press_are_kept_whole(name, model, selector, co
             with (
                 pytest.raises((AssertionError, RuntimeError)),
                 torch.no_grad(),
-                make_press(PRESS_RULES[name], 0.7)(model),
+                make_press(name, 0.7)(model),
             ):
                 model.model(torch.ones(1, length, dtype=torch.long), past_key_values=DynamicCache())
     assert not keep.all(), "the longest is not too short for any"
@@ -124,20 +138,23 @@ def test_nothing_is_dropped_at_ratio_one(name, selector, contexts):
 def test_padding_is_never_kept_and_the_budget_counts_real_tokens(name, selector, contexts):
     real = torch.ones(4, 100, dtype=torch.bool)
     real[0, :20], real[1, 80:], real[2] = False, False, False
-    keep, count, _ = kept(name, 0.5, selector, contexts(1, real))
+    keep, count, *_ = kept(name, 0.5, selector, contexts(1, real))
     assert count is None
     assert not keep[~real[:, None].expand_as(keep)].any()
     whole = [kept(name, 0.5, selector, contexts(1, torch.ones(1, n, dtype=torch.bool)))[1] for n in (80, 100)]
+    assert keep.sum((1, 2)).tolist() == [2 * whole[0], 2 * whole[0], 0, 2 * whole[1]]
+    if isinstance(make_rule(name, 0.5, selector), SharedBudgetRule):
+        return
     assert keep.sum(-1).tolist() == [[whole[0]] * 2, [whole[0]] * 2, [0, 0], [whole[1]] * 2]
 
 
 def test_anchors_beyond_the_budget_are_all_kept_and_the_count_is_unknown_where_rows_differ(no_anchors, contexts):
     context = contexts(0, torch.ones(2, 40, dtype=torch.bool))
     context.input_ids[1, 5:35] = 0  # special: 30 anchors, where the budget is 10
-    keep, count, _ = AnchorRandomRule(no_anchors, 0.25).keep(context)
+    keep, count, *_ = AnchorRandomRule(no_anchors, 0.25).keep(context)
     assert count is None
     assert keep.sum(-1).tolist() == [[10, 10], [30, 30]]
-    keep, count, _ = AnchorRandomRule(no_anchors, 0.75).keep(context)
+    keep, count, *_ = AnchorRandomRule(no_anchors, 0.75).keep(context)
     assert count == 30
 
 
@@ -176,7 +193,7 @@ def test_streaming_rules_have_no_recent_anchors_of_the_row(selector_with, contex
     context = contexts(0, torch.ones(2, 40, dtype=torch.bool))
     rule = make_rule("anchor", 0.5, selector, "streaming")
     assert isinstance(rule, AnchorRule)
-    keep, count, _ = rule.keep(context)
+    keep, count, *_ = rule.keep(context)
     assert count is None
     assert keep.shape == (2, 2, 40)
     assert keep[..., :3].all()
@@ -186,14 +203,26 @@ def test_streaming_rules_have_no_recent_anchors_of_the_row(selector_with, contex
     assert not sampled[..., -8:].all()
 
 
-def test_rules_keep_the_names_of_scores_where_kvpress_evaluation_names_a_wrapper(selector):
-    """Adapters were trained with these names: `expected_attention` is the score itself, without AdaKV around it."""
-    press = make_rule("expected_attention", 0.5, selector).press
-    assert isinstance(press, ExpectedAttentionPress)
-    assert press.compression_ratio == 0.5
-    assert {rule: press for rule, press in PRESS_RULES.items() if rule != press} == {
-        "expected_attention": "expected_attention_head"
-    }
+def test_a_rule_is_the_press_of_its_name(selector):
+    for name in PRESS_RULES:
+        rule, press = make_rule(name, 0.5, selector), make_press(name, 0.5)
+        assert isinstance(rule, SharedBudgetRule) == isinstance(press, AdaKVPress)
+        inner = press.press if isinstance(press, AdaKVPress) else press
+        assert isinstance(rule.press, type(inner))
+        assert rule.press.compression_ratio == 0.5
+        for setting in dataclasses.fields(inner):
+            if setting.name != "press":
+                assert getattr(rule.press, setting.name) == getattr(inner, setting.name)
+
+
+def test_heads_that_share_a_budget_keep_unlike_numbers_and_their_floor(selector, contexts):
+    context = contexts(0, torch.ones(3, 200, dtype=torch.bool))
+    context.values[:, 1] *= 100  # scores of this head are above all others
+    keep, count, scores, even = kept("expected_attention", 0.5, selector, context)
+    assert not even
+    assert scores.shape == (3, 1, 400)
+    assert count == 100
+    assert keep.sum(-1).tolist() == [[20, 180]] * 3, "AdaKV's safeguard is a fifth of the budget"
 
 
 @pytest.mark.parametrize("name", ["snapkv", "tova", "expected_attention", "critical_snapkv"])
@@ -224,7 +253,7 @@ def test_scores_of_smooth_rules_have_a_gradient(name, selector, contexts):
     context = contexts(1, torch.ones(2, 300, dtype=torch.bool))
     for tensor in (context.hidden_states, context.keys, context.values):
         tensor.requires_grad_()
-    _, count, scores = make_rule(name, 0.5, selector).keep(context)
+    _, count, scores, _ = make_rule(name, 0.5, selector).keep(context)
     assert 0 < count < 300
     assert scores.requires_grad == (name in SMOOTH_RULES)
     if name in SMOOTH_RULES:
