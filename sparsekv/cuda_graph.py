@@ -1,10 +1,9 @@
 """A step over tensors that stay, as a CUDA graph: all its kernels are launched at once."""
 
-import contextlib
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ def capture(rehearse: Callable[[], Tensor], step: Callable[[], Tensor]) -> tuple
         _when_waiting("error")
         rehearse()
         _when_waiting(waits)
-        with _capturing(graph):
+        with torch.cuda.graph(graph, stream=_capture_stream(torch.cuda.current_device())):
             output = step()
     except torch.cuda.OutOfMemoryError:
         raise
@@ -51,20 +50,6 @@ def capture(rehearse: Callable[[], Tensor], step: Callable[[], Tensor]) -> tuple
     finally:
         _when_waiting(waits)
     return graph, output
-
-
-@contextlib.contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-    """As `torch.cuda.graph`, which gives all cached memory back each time: the next batch would ask for it anew."""
-    before, stream = torch.cuda.current_stream(), _capture_stream(torch.cuda.current_device())
-    stream.wait_stream(before)
-    with torch.cuda.stream(stream):
-        graph.capture_begin()
-        try:
-            yield
-        finally:
-            graph.capture_end()
-    before.wait_stream(stream)
 
 
 @functools.cache
