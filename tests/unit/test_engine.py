@@ -249,6 +249,13 @@ def test_a_row_that_never_fits_is_one_line(model, tokenizer, monkeypatch):
         texts_of(Engine(model, tokenizer), works_of(tokenizer, CELLS[:2]))
 
 
+def test_memory_that_other_processes_hold_is_told(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(engine_module, "generate", out_of_memory)
+    monkeypatch.setattr(engine_module, "held_by_others", lambda device: 70 * 2**30)
+    with pytest.raises(UserError, match=r"other processes hold 70.0 GiB of its device: .*--memory_budget_gib$"):
+        texts_of(Engine(model, tokenizer), works_of(tokenizer, CELLS[:2]))
+
+
 def test_a_press_that_fails_does_not_end_the_matrix(model, tokenizer, monkeypatch):
     def score(self, *args, **kwargs):
         raise ValueError("no score\nfor you")

@@ -21,7 +21,7 @@ from sparsekv.errors import UserError
 from sparsekv.evaluation.engine.caches import CacheMaker
 from sparsekv.evaluation.engine.decode import Row, generate, log_likelihoods
 from sparsekv.evaluation.engine.evicted import EvictedCache
-from sparsekv.evaluation.engine.memory import GIB, default_budget, is_out_of_memory
+from sparsekv.evaluation.engine.memory import GIB, default_budget, held_by_others, is_out_of_memory
 from sparsekv.evaluation.engine.model_check import check_model
 from sparsekv.evaluation.engine.sampling import Sampler, Sampling
 from sparsekv.evaluation.engine.while_decoding import generate_with_press, kept_while_decoding, prefill_for_decoding
@@ -174,10 +174,11 @@ class Engine:
             raise self._too_large(cell, tokens) from error
 
     def _too_large(self, cell: Cell, tokens: int) -> UserError:
-        size = self._full_bytes(tokens) / GIB
-        return UserError(
-            f"out of memory with one row of {cell}, {size:.1f} GiB of full cache; shorten --context_length"
-        )
+        size, others = self._full_bytes(tokens) / GIB, held_by_others(self.model.device) / GIB
+        way_out = "shorten --context_length"
+        if others > max(size, 1):  # another evaluation, which has taken what was free when it began
+            way_out = f"other processes hold {others:.1f} GiB of its device: give each a --memory_budget_gib"
+        return UserError(f"out of memory with one row of {cell}, {size:.1f} GiB of full cache; {way_out}")
 
     def _full_bytes(self, tokens: int) -> int:
         """Bytes of a full cache."""

@@ -16,6 +16,14 @@ def default_budget(device: torch.device) -> int:
     return int(0.25 * psutil.virtual_memory().available)
 
 
+def held_by_others(device: torch.device) -> int:
+    """Bytes of a GPU that other processes hold; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, total - free - torch.cuda.memory_reserved(device))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on the host."""
     return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
