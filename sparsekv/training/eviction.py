@@ -143,7 +143,7 @@ class ForwardEviction:
         if layer not in self.importance:
             return None
         losses = [
-            _selection_loss(kept, importance.to(kept.scores.device))
+            _loss_at_cut(kept, importance.to(kept.scores.device))
             for kept, importance in zip(decided, self.importance[layer], strict=True)
             if kept.scores is not None and kept.scores.requires_grad and kept.number is not None
         ]
@@ -208,8 +208,8 @@ class ForwardEviction:
         return kept / total
 
 
-def _selection_loss(kept: Kept, importance: Tensor) -> Tensor:
-    """Float32[B] of one cut; over all heads together where they share a budget."""
+def _loss_at_cut(kept: Kept, importance: Tensor) -> Tensor:
+    """Float32[B]: the selection loss of one cut; over all heads together where they share a budget."""
     assert kept.scores is not None
     assert kept.number is not None
     if kept.even:

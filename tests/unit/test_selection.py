@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from sparsekv.presses import make_press
+from sparsekv.training.eviction import _loss_at_cut
+from sparsekv.training.rules import SharedBudgetRule
 from sparsekv.training.selection import later_attention, selection_loss
 
 CUTS = (5, 11, 16)
@@ -117,3 +120,26 @@ def test_the_gradient_of_a_probability_does_not_vanish_with_it():
         return float(logits.grad[0, 0, 0])
 
     assert pull(-9.0) < 0.9 * pull(-1.0) < 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_that_share_a_budget_learn_which_of_them_needs_more(scores, importance, dtype):
+    rule = SharedBudgetRule(make_press("expected_attention_head", 0.6), safeguard=0.2)
+    importance = importance * torch.tensor([10.0, 1.0, 0.1])[:, None]
+    scores = scores.detach().abs().to(dtype).requires_grad_()  # as presses give them: never negative
+
+    def kept():
+        return rule._top(scores, 8)
+
+    before = kept().keep
+    optimizer = torch.optim.Adam([scores], lr=0.02)
+    for _ in range(200):
+        optimizer.zero_grad()
+        _loss_at_cut(kept(), importance).sum().backward()
+        assert scores.grad.isfinite().all()
+        optimizer.step()
+    after = kept().keep
+    assert after.sum((1, 2)).tolist() == [24, 24]
+    assert after.sum(-1).min() >= 1, "the floor of each head"
+    assert (after[:, 0].sum(-1) > before[:, 0].sum(-1)).all()
+    assert (importance * after).sum() > 1.1 * (importance * before).sum()
