@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from step_costs import peak_rate
@@ -23,7 +24,8 @@ class Row:
     flops: float = 0.0  # of the floor
     first: float = 0.0  # seconds of the first step, compilation included
     graphs: int = 0  # compiled after the warm-up
-    peak: float | None = None  # GiB
+    peak: float | None = None  # GiB of a process
+    loss: float | None = None  # mean of all steps, those that are not timed included
     parts: dict[str, float] = field(default_factory=dict)  # seconds a micro-batch
     check: tuple[float, ...] | None = None  # see train_step.compare
 
@@ -36,7 +38,7 @@ def tables(options: argparse.Namespace, rows: list[Row], rate: float) -> str:
     whole = ("step", "tokens", "ms", "tokens/s", "× control", "× floor", "MFU", "peak GiB", "first step s")
     batches = "1 micro-batch" if options.grad_accum == 1 else f"{options.grad_accum} micro-batches"
     text = (
-        f"{options.shape}, {'bfloat16' if on_gpu else 'float32'}, {batches} of "
+        f"{options.shape}, {'bfloat16' if on_gpu else 'float32'}, {divided(options)}{batches} of "
         f"{options.batch_size} a step, {'with' if options.checkpointing else 'without'} checkpointing, {where}, torch "
         f"{torch.__version__}; mean of {options.steps} steps; floor at {rate / 1e12:.3g} TFLOP/s: "
         f"{', '.join(floors.values())}; commit {commit() or 'unknown'}.\n\n"
@@ -71,12 +73,51 @@ def totals(options: argparse.Namespace, row: Row, rows: list[Row], rate: float) 
     return [
         *title(row),
         f"{1000 * row.seconds:,.0f}",
-        f"{options.batch_size * row.length / row.seconds:,.0f}",
+        f"{rate_of(options, row):,.0f}",
         f"{row.seconds / control:.2f}" if isinstance(control, float) else "–",
         f"{row.seconds * rate / row.flops:.2f}" if options.device == "cuda" else "–",
         "–" if peak is None else f"{row.flops / row.seconds / peak:.0%}",
         "–" if row.peak is None else f"{row.peak:.1f}",
         f"{row.first:.1f}" + (f", {row.graphs} graphs later" if row.graphs else ""),
+    ]
+
+
+def divided(options: argparse.Namespace) -> str:
+    """`8 processes by FSDP2, each `; nothing where there is one."""
+    return "" if options.processes == 1 else f"{options.processes} processes by {options.distribution}, each "
+
+
+def rate_of(options: argparse.Namespace, row: Row) -> float:
+    """Tokens/s of all processes."""
+    return options.processes * options.batch_size * row.length / row.seconds
+
+
+def records(options: argparse.Namespace, rows: list[Row]) -> list[dict[str, Any]]:
+    """The rows for other programs: what was run where, tokens/s, GiB of a process, loss, share of the peak."""
+    on_gpu, peak = options.device == "cuda", peak_rate(options.device)
+    common = {
+        "shape": options.shape,
+        "checkpointing": options.checkpointing,
+        "processes": options.processes,
+        "distribution": options.distribution,
+        "rows": options.processes * options.grad_accum * options.batch_size,  # of an optimizer step
+        "steps": options.warm_up + 2 * options.steps,
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "torch": torch.__version__,
+        "commit": commit() or "unknown",
+    }
+    return [
+        common
+        | {"step": title(row)[0], "length": row.length, "peak": row.peak, "loss": row.loss}
+        | (
+            {"failed": row.seconds}
+            if isinstance(row.seconds, str)
+            else {
+                "tokens_per_second": rate_of(options, row),
+                "mfu": None if peak is None else row.flops / row.seconds / peak,
+            }
+        )
+        for row in rows
     ]
 
 

@@ -4,16 +4,24 @@
     python benchmarks/train_step.py --shape qwen3-8b --compile --baseline --check   # a GPU: an 8B's shape, bfloat16
     python benchmarks/train_step.py --shape qwen3-8b --lengths 32768 --checkpointing --block "train_step cuda long"
     … --doc docs/performance.md                                                     # write the figures there
+    accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 2 benchmarks/train_step.py --shape …
 
 Steps are those of `sparsekv train` on random tokens, with its default adapter: `--steps` of them are timed together,
 and as many again part by part; both take the same cuts and rules. Times are those of a micro-batch, with its share of
 the optimizer's work. The floor is `step_flops` (step_costs.py) at the rate of a large matrix product, measured first.
 `--check` compares loss and gradients with dense_reference.py in float32, the same entries kept. A row that does not fit
 into memory says so.
+
+Under a launcher every process trains, with a GPU of its own. Each steps only once it has everybody's gradients, so a
+window of whole steps is the same steps in all of them, and no barrier is needed to time it. The slowest process counts,
+and the largest peak of memory; tokens/s are those of all together, and the loss is the mean of all steps and processes.
+Out of memory, a process then leaves the others waiting: it ends with its traceback, and the launcher ends the job.
 """
 
 import argparse
 import gc
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,16 +29,19 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from accelerate.state import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from dense_reference import DenseTrainer, dense_attention, dense_loss
 from shapes import SHAPES, make_model, make_tokenizer
 from step_costs import Clock, matrix_rate, out_of_memory, step_flops, synchronized
-from step_tables import DENSE, Row, tables
+from step_tables import DENSE, Row, records, tables
 from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import sparsekv.training.eit_trainer
-from sparsekv.files import fill_block
+from sparsekv.errors import UserError, require
+from sparsekv.files import fill_block, write_json
 from sparsekv.models import attach_lora
 from sparsekv.training.compiled import compile_layers, compile_logit_sums
 from sparsekv.training.config import TrainConfig
@@ -69,23 +80,51 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="also the kernels of one more step, by time")
     parser.add_argument("--doc", type=Path, help="Markdown file whose block is replaced")
     parser.add_argument("--block", help="its name; default: train_step and the device")
+    parser.add_argument("--json", type=Path, help="file that the rows are written to as well")
     options = parser.parse_args()
     options.lengths = options.lengths or LENGTHS[options.device]
     options.steps = options.steps or STEPS[options.device]
     options.grad_accum = options.grad_accum or ACCUMULATED[options.device]
     set_verbosity_error()
     disable_progress_bar()
+    state = join(options)
     rate = matrix_rate(options.device)
     rows: list[Row] = []
     try:
         for row in planned(options):
             run(lambda row=row: measure(options, row), row)
             done = row.seconds if isinstance(row.seconds, str) else f"{1000 * row.seconds:,.1f} ms"
-            print(f"{row.name}{', compiled' * row.compiled}, {row.length:,} tokens: {done}", flush=True)
+            state.print(f"{row.name}{', compiled' * row.compiled}, {row.length:,} tokens: {done}", flush=True)
             rows.append(row)
     finally:  # what is known when another row fails
         text = tables(options, rows, rate)
-        print(f"\n{text}", flush=True)
+        state.print(f"\n{text}", flush=True)
+    if state.is_main_process:
+        write(options, rows, text)
+    state.destroy_process_group()
+
+
+def join(options: argparse.Namespace) -> PartialState:
+    """Meet the other processes of a launcher, if any; notes how many, and what divides the work among them.
+
+    Raises
+    ------
+    UserError
+        An option that has no meaning there.
+    """
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    options.processes = int(os.environ.get("WORLD_SIZE", "1"))
+    options.distribution = "FSDP2" if sharded else "DDP" if options.processes > 1 else "one process"
+    for flag in ("baseline", "check", "profile"):
+        require(options.processes == 1 or not getattr(options, flag), f"--{flag}: is for one process; start no others")
+    require(not sharded or options.device == "cuda", "--device cpu: accelerate divides a model among GPUs only")
+    return PartialState(cpu=options.device == "cpu")
+
+
+def write(options: argparse.Namespace, rows: list[Row], text: str) -> None:
+    """The tables and the rows, where they are asked for."""
+    if options.json:
+        write_json(options.json, records(options, rows))
     if options.doc:
         fill_block(options.doc, options.block or f"train_step {options.device}", text)
 
@@ -99,12 +138,12 @@ def planned(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def run(measured: Callable[[], None], row: Row) -> None:
-    """Measure a row; one that does not fit into memory says so, and leaves nothing behind."""
+    """Measure a row; one that does not fit into one process's memory says so, and leaves nothing behind."""
     torch._dynamo.reset()
     try:
         measured()
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if torch.distributed.is_initialized() or not out_of_memory(error):
             raise
         row.seconds = row.seconds or "out of memory"
     gc.collect()
@@ -122,9 +161,17 @@ def measure(options: argparse.Namespace, row: Row) -> None:
         stopwatch = Stopwatch(options, row, trainer)
         trainer.add_callback(stopwatch)
         with stopwatch.clock:
-            trainer.train()
+            loss = trainer.train().training_loss
+        combine(row, loss)
         if options.check and row.length == options.lengths[0] and row.name in ("control", "keep 0.3", "mixture"):
             row.check = compare(trainer)
+
+
+def combine(row: Row, loss: float) -> None:
+    """What all processes have found: the slowest one's times, the largest peak, the mean loss of the steps."""
+    seconds, first, peaks, losses = zip(*gather_object([(row.seconds, row.first, row.peak, loss)]), strict=True)
+    row.seconds, row.first, row.loss = max(seconds), max(first), sum(losses) / len(losses)
+    row.peak = None if row.peak is None else max(peaks)
 
 
 def make_trainer(options: argparse.Namespace, row: Row, folder: str) -> EITTrainer:
@@ -147,13 +194,15 @@ def make_trainer(options: argparse.Namespace, row: Row, folder: str) -> EITTrain
     args.save_strategy = args.logging_strategy = "no"
     args.disable_tqdm, args.logging_first_step = True, False
     torch.manual_seed(0)
-    base = make_model(options.shape, "bfloat16" if options.device == "cuda" else "float32", options.device)
+    dtype = "bfloat16" if options.device == "cuda" else "float32"
+    base = make_model(options.shape, dtype, options.device, sharded=options.distribution == "FSDP2")
     base.config.max_position_embeddings = 2**20  # speed does not depend on it; rows may be longer than the model's own
     model = attach_lora(base, config.lora_r, config.lora_alpha, config.lora_targets)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.01)
-    ids = torch.randint(5, 40_000, (config.max_steps * config.grad_accum * config.batch_size, row.length)).tolist()
+    number = config.max_steps * config.grad_accum * config.batch_size * options.processes
+    ids = torch.randint(5, 40_000, (number, row.length)).tolist()
     data = Dataset.from_dict({"input_ids": ids})
     kind = DenseTrainer if row.name == DENSE else EITTrainer
     trainer = kind(model, config, make_tokenizer(options.shape), args, train_dataset=data)
@@ -258,4 +307,9 @@ def compare(trainer: EITTrainer) -> tuple[float, ...]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # once, not by every process of a launcher
+            print(f"train_step.py: {error}", file=sys.stderr)
+        sys.exit(2)
