@@ -310,6 +310,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # once, not by every process of a launcher
-            print(f"train_step.py: {error}", file=sys.stderr)
+        print(f"train_step.py: {error}", file=sys.stderr)
         sys.exit(2)

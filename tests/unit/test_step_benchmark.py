@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from sparsekv.errors import UserError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -22,11 +26,14 @@ def options(**changes):
         "device": "cpu",
         "batch_size": 2,
         "grad_accum": 2,
+        "num_cuts": 4,
         "steps": 1,
         "warm_up": 2,
         "checkpointing": False,
         "profile": False,
         "check": True,
+        "processes": 1,
+        "distribution": "one process",
     }
     return argparse.Namespace(**{**values, **changes})
 
@@ -40,6 +47,31 @@ def test_the_floor_of_an_8b_is_the_sum_of_its_products(train_step):
     assert flops == pytest.approx(6 * 36 * layer * 4096 + attention + head, rel=1e-3)
     assert flops / 787e12 == pytest.approx(0.268, rel=0.02)
     assert train_step.step_flops(base, 3, 4096) == pytest.approx(3 * flops)
+
+
+def test_a_32b_has_its_parameters(train_step):
+    base = train_step.make_model("qwen3-32b", "bfloat16", "meta")
+    assert sum(weight.numel() for weight in base.parameters()) == pytest.approx(32.76e9, rel=1e-3)
+    assert [layer.self_attn.layer_idx for layer in base.model.layers] == list(range(64))
+
+
+def test_a_model_to_be_divided_begins_as_one_layer_and_ends_as_the_whole(train_step, tmp_path):
+    models = []
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        models.append(train_step.make_model("tiny", "float32", "cpu", sharded))
+    whole, divided = models
+    places = [{weight.data_ptr() for weight in model.parameters()} for model in models]
+    assert len(places[0]) - len(places[1]) == 2 * len(list(divided.model.layers[0].parameters()))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for layer in divided.model.layers:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        weights = [layer.mlp.up_proj.weight.to_local() for layer in divided.model.layers]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len({weight.data_ptr() for weight in weights}) == 3
+    assert all(torch.equal(weight, whole.model.layers[2].mlp.up_proj.weight) for weight in weights)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -90,3 +122,11 @@ def test_the_command_fills_its_block(train_step, tmp_path, monkeypatch, capsys):
     assert all(text.count(f"\n| {name} | ") == 3 for name in ("control", "mixture"))
     assert text.count(f"\n| {train_step.DENSE} | 96 | ") == 1
     assert text.count("tiny, float32, 1 micro-batch of 1 a step, without checkpointing") == 1
+
+
+@pytest.mark.parametrize("flag", ["--check", "--baseline", "--profile"])
+def test_what_is_for_one_process_is_refused_beside_others(flag, train_step, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["train_step.py", "--shape", "tiny", "--device", "cpu", flag])
+    with pytest.raises(UserError, match=f"^{flag}: is for one process"):
+        train_step.main()
