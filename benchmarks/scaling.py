@@ -11,8 +11,8 @@ replaces it; all calls print the tables of all that is known there. A run that f
 
 `train` runs train_step.py. An optimizer step always has `--rows` rows: micro-batches × processes is constant, and the
 samplers of all processes together draw what one process draws. Losses and gradients are sums over the same rows then,
-and the mean losses of all steps may differ by rounding only. Efficiency is tokens/s over those of one GPU, by the number
-of GPUs.
+and the mean losses of all steps may differ by rounding only. Efficiency is tokens/s over those of one GPU, divided
+by the number of GPUs.
 
 `eval` runs `sparsekv eval` on one GPU and under accelerate on several, each into a folder of its own, and compares the
 answers. The same command again, which finds all done, is the time to start. Efficiency is the rest on one GPU over the
