@@ -17,7 +17,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from sparsekv.cluster.config import CLUSTER, PIPELINE
 from sparsekv.commands import COMMANDS
-from sparsekv.errors import UserError
+from sparsekv.errors import LostProcessError, UserError
 
 
 def make_parser(commands: Iterable[str] = COMMANDS) -> ArgumentParser:
@@ -189,6 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (UserError, ArgumentError) as error:
         print(f"sparsekv: {one_line(error)}", file=sys.stderr)
         status = 2
+    except LostProcessError as error:
+        print(f"\nsparsekv: {error}", file=sys.stderr)  # below the bar of a progress that ends here
+        status = 1
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BrokenPipeError:  # whoever read the output has left; at exit Python would flush into nothing

@@ -9,6 +9,13 @@ class UserError(Exception):
     """
 
 
+class LostProcessError(Exception):
+    """Another process of this job has ended, and this one cannot go on without it.
+
+    The message is one line: it says how to continue. The command line prints it and exits with status 1.
+    """
+
+
 def require(holds: bool, message: str) -> None:
     """Raise UserError with the message unless the condition holds."""
     if not holds:

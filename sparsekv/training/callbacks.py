@@ -77,6 +77,11 @@ class StopCallback(TrainerCallback):
         self.stopped = False
         self._signal = StopSignal()
 
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has reached this process."""
+        return self._signal.number is not None
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -84,7 +89,7 @@ class StopCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # A signal reaches processes at different steps, or only one of them: they stop together.
-        signals = reduce(torch.tensor(float(self._signal.number is not None), device=args.device), reduction="sum")
+        signals = reduce(torch.tensor(float(self.asked), device=args.device), reduction="sum")
         self.stopped = bool(signals > 0) and state.global_step < state.max_steps
         if self.stopped:
             control.should_save = control.should_training_stop = True

@@ -31,6 +31,7 @@ from sparsekv.training.output import (
     save_final,
     usable_checkpoint,
 )
+from sparsekv.training.peers import others_alive
 from sparsekv.training.plan import EvictionPlan
 from sparsekv.training.record import FINAL
 
@@ -82,7 +83,10 @@ def train(config: TrainConfig) -> Path | None:
         if args.should_save:
             prepare_output_dir(out, record)
     args.distributed_state.wait_for_everyone()
-    final = _run(trainer, out, record, checkpoint)
+    stop = StopCallback()
+    trainer.add_callback(stop)
+    with others_alive(lambda: stop.asked):
+        final = _run(trainer, stop, out, record, checkpoint)
     if args.world_size > 1:
         atexit.register(_leave_group, args.distributed_state)
     return final
@@ -105,9 +109,9 @@ def _leave_group(state: PartialState) -> None:
     state.destroy_process_group()
 
 
-def _run(trainer: EITTrainer, out: Path, record: dict[str, Any], checkpoint: Path | None) -> Path | None:
-    stop = StopCallback()
-    trainer.add_callback(stop)
+def _run(
+    trainer: EITTrainer, stop: StopCallback, out: Path, record: dict[str, Any], checkpoint: Path | None
+) -> Path | None:
     if checkpoint is not None:
         trainer.load_schedule(checkpoint)
     started = time.perf_counter()

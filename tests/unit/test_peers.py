@@ -1,0 +1,51 @@
+"""What a process of a training says when another has ended."""
+
+import hashlib
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from sparsekv.errors import LostProcessError
+from sparsekv.signals import StopSignal
+from sparsekv.training import peers
+from sparsekv.training.peers import others_alive
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:10670."),
+        torch.distributed.DistBackendError("NCCL error in: …, remote process exited"),
+    ],
+)
+def test_what_cannot_be_exchanged_is_one_line(error):
+    with pytest.raises(LostProcessError, match=r"^another process .* --resume"), others_alive(lambda: False):
+        raise error
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="out of memory"), others_alive(lambda: False):
+        raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("stuck", [True, False])
+def test_one_that_waits_inside_nccl_ends_when_the_launcher_asks(stuck, monkeypatch, capfd):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    monkeypatch.setattr(peers, "STUCK", 0.3)
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    alarm = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+    with StopSignal() as stop, others_alive(lambda: stop.number is not None):
+        alarm.start()
+        if stuck:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)  # seconds in which no handler runs, as in NCCL
+        else:
+            time.sleep(0.6)
+    alarm.join()
+    assert ended == [1] * stuck
+    assert capfd.readouterr().err.count("sparsekv: another process") == stuck
+    assert signal.set_wakeup_fd(-1) == -1
