@@ -9,29 +9,40 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.constants import FSDP_MODEL_NAME
+
 from sparsekv.errors import UserError
 from sparsekv.files import check_writable, readable, write_json, write_text, writing
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import SCHEDULER_STATE, STAGING, EITTrainer
 from sparsekv.training.model_card import model_card
-from sparsekv.training.record import FINAL, RUN_CONFIG, changed_options
+from sparsekv.training.record import FINAL, RUN_CONFIG, changed_options, rows_of_a_step
 from sparsekv.version import commit, versions
 
 
-def usable_checkpoint(out: Path, config: TrainConfig) -> Path | None:
+def usable_checkpoint(out: Path, config: TrainConfig, processes: int = 1) -> Path | None:
     """The checkpoint to resume from, if any; raise UserError when the folder cannot be used. Writes nothing."""
     check_writable(out, "--output_dir")
     if not out.exists() or not any(out.iterdir()):
         return None
     if not config.resume:
         raise UserError(f"--output_dir {out}: is not empty; give --resume to continue its run, or another folder")
-    return _find_checkpoint(out, config)
+    return _find_checkpoint(out, config, processes)
 
 
-def _find_checkpoint(out: Path, config: TrainConfig) -> Path | None:
+def _find_checkpoint(out: Path, config: TrainConfig, processes: int) -> Path | None:
     if not (out / RUN_CONFIG).is_file():
         raise UserError(f"--resume: {out} holds no run (no {RUN_CONFIG})")
-    changed = changed_options(json.loads((out / RUN_CONFIG).read_text(encoding="utf-8"))["config"], config)
+    record = json.loads((out / RUN_CONFIG).read_text(encoding="utf-8"))
+    changed = changed_options(record["config"], config)
+    before, now = rows_of_a_step(record, processes), config.batch_size * config.grad_accum * processes
+    if before == now:  # shared by other processes, in other micro-batches: the same steps
+        changed = {name: values for name, values in changed.items() if name not in ("batch_size", "grad_accum")}
+    elif not changed:
+        raise UserError(
+            f"--resume: {out} was trained with {before} rows a step; --batch_size {config.batch_size} × --grad_accum "
+            f"{config.grad_accum} × {processes} processes are {now}: change --grad_accum"
+        )
     if changed:
         differences = ", ".join(f"--{name} {now!r} (was {before!r})" for name, (before, now) in changed.items())
         raise UserError(f"--resume: {out} was trained with other options: {differences}")
@@ -48,6 +59,15 @@ def check_same_data(out: Path, fingerprint: str) -> None:
                 f"--resume: {out} was trained on other rows; what --data reads, or the version of sparsekv that makes "
                 "rows of it, has changed since: begin in another --output_dir"
             )
+
+
+def check_same_division(checkpoint: Path | None, divided: bool) -> None:
+    """Raise UserError when only one of a checkpoint and this run is divided by FSDP, which has files of its own."""
+    if checkpoint is not None and any(checkpoint.glob(f"{FSDP_MODEL_NAME}*")) != divided:
+        was, now = ("without", "with") if divided else ("with", "without")
+        raise UserError(
+            f"--resume: {checkpoint} was written {was} FSDP and cannot be read {now} it; start it as before"
+        )
 
 
 def prepare_output_dir(out: Path, record: dict[str, Any]) -> None:
@@ -71,11 +91,12 @@ def removed_if_unused(out: Path) -> Iterator[None]:
         raise
 
 
-def run_record(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
-    """What is needed to run this again: options, versions, commit, data."""
+def run_record(config: TrainConfig, fingerprint: str, processes: int) -> dict[str, Any]:
+    """What is needed to run this again: options, processes, versions, commit, data."""
     packages = ("torch", "transformers", "peft", "kvpress", "accelerate", "datasets")
     return {
         "config": asdict(config),
+        "processes": processes,
         "versions": versions(packages),
         "commit": commit(),
         "data_fingerprint": fingerprint,

@@ -25,6 +25,7 @@ from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.kv_dropout import KVDropoutContext
 from sparsekv.training.output import (
     check_same_data,
+    check_same_division,
     prepare_output_dir,
     removed_if_unused,
     run_record,
@@ -53,7 +54,7 @@ def train(config: TrainConfig) -> Path | None:
     """
     out = Path(config.output_dir)
     args = training_arguments(config)
-    checkpoint = usable_checkpoint(out, config)
+    checkpoint = usable_checkpoint(out, config, args.world_size)
     args.distributed_state.wait_for_everyone()  # no process writes before every one has looked
     if (out / FINAL).is_dir():
         return out / FINAL  # resumed, and nothing is left to do
@@ -73,10 +74,11 @@ def train(config: TrainConfig) -> Path | None:
     )
     set_seed(config.seed)  # the adapter's initialisation does not depend on how the data was read
     model, teacher = _student_and_teacher(base, config)
-    record = run_record(config, fingerprint) | {"validation_rows": len(rows[1])}
+    record = run_record(config, fingerprint, args.world_size) | {"validation_rows": len(rows[1])}
     check_same_data(out, fingerprint)
     with removed_if_unused(out):
         trainer = _make_trainer(model, teacher, tokenizer, config, args, rows)
+        check_same_division(checkpoint, trainer.is_fsdp_enabled)
         _check_architecture(trainer, config, rows[0])
         if config.compile:
             _compile(trainer, teacher)

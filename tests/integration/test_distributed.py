@@ -1,12 +1,13 @@
 """Two processes train what one does.
 
 This file is also the program that the processes run: the tests write a list of runs, start it twice, and look at what
-it has left.
+it has left. As `test_distributed.py train …` it is `sparsekv train`, killed in the last process.
 """
 
 import faulthandler
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +21,13 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from launching import ACCELERATE, fsdp_environment
 from safetensors.torch import load_file
-from tiny import run_options, train_config
+from tiny import as_flags, run_options, train_config
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from sparsekv import cli
+from sparsekv.errors import UserError
 from sparsekv.training import run
+from sparsekv.training.peers import LOST
 from sparsekv.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -34,12 +38,26 @@ TIMEOUT = 240  # seconds
 # ---- what the two processes run ----
 
 
-class StopOne(TrainerCallback):
-    """Only the second process gets a signal."""
+class SignalOne(TrainerCallback):
+    """Only the last process gets a signal."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1 and args.process_index == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if state.global_step == self.step and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), self.number)
+
+
+def add_callback(callback: TrainerCallback, patch: pytest.MonkeyPatch):
+    plain = run._make_trainer
+
+    def make_trainer(*args):
+        trainer = plain(*args)
+        trainer.add_callback(callback)
+        return trainer
+
+    patch.setattr(run, "_make_trainer", make_trainer)
 
 
 def allow_fsdp_on_cpu():
@@ -69,7 +87,7 @@ def work(jobs: list[dict]):
             if job.get("bf16"):
                 trainer.accelerator.state.fsdp_plugin.set_mixed_precision("bf16")
             if job.get("stop"):
-                trainer.add_callback(StopOne())
+                trainer.add_callback(SignalOne(1, signal.SIGTERM))
             return trainer
 
         run._make_trainer = make_trainer
@@ -79,19 +97,23 @@ def work(jobs: list[dict]):
             del os.environ[name]
 
 
-def launch(jobs: list[dict], folder: Path):
+def launch(jobs: list[dict], folder: Path, processes: int = 2):
     jobs_file = folder / "jobs.json"
     jobs_file.write_text(json.dumps(jobs))
+    done = start("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__, str(jobs_file))
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def start(*arguments: str) -> subprocess.CompletedProcess:
     tests = Path(__file__).parents[1]
     path = os.pathsep.join([str(tests), str(tests.parent), *filter(None, sys.path)])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, jobs_file],
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=TIMEOUT + 60,
     )
-    assert done.returncode == 0, done.stderr[-5000:]
 
 
 # ---- what is left ----
@@ -99,13 +121,19 @@ def launch(jobs: list[dict], folder: Path):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Folders of the same run by one process and by two: plain, stopped and resumed, sharded, and all parameters."""
+    """Folders of the same run by one process and by two: plain, stopped and resumed, sharded, and all parameters.
+
+    The run that gets `more` processes is stopped by one and resumed by two.
+    """
     folder = tmp_path_factory.mktemp("distributed")
     options = {**run_options(folder), "grad_accum": 2, "num_cuts": 2, "lr": 1e-3}
     options |= {"lambda_context": 0.5, "lambda_selection": 0.3}
     one, two, every = {**options, "batch_size": 2}, {**options, "batch_size": 1}, {"lora_r": 0, "lr": 1e-4}
     train(train_config(one, folder / "one"))
     train(train_config({**one, **every}, folder / "one_every"))
+    with pytest.MonkeyPatch.context() as patch:
+        add_callback(SignalOne(1, signal.SIGTERM), patch)
+        assert train(train_config(one, folder / "more")) is None
     half = {"dtype": "bfloat16"}  # of the base, as in the real runs; the adapter stays in float32
     train(train_config({**one, **half}, folder / "one_half"))
     ddp, fsdp = (fsdp_environment(ACCELERATE / f"{name}.yaml") for name in ("ddp", "fsdp2"))
@@ -113,6 +141,7 @@ def runs(tmp_path_factory) -> Path:
         {"output_dir": "ddp", "options": two, "environment": ddp},
         {"output_dir": "stopped", "options": two, "stop": True},
         {"output_dir": "stopped", "options": {**two, "resume": True}},
+        {"output_dir": "more", "options": {**two, "resume": True}},
         {"output_dir": "fsdp", "options": two, "environment": fsdp},
         {"output_dir": "fsdp_bf16", "options": two, "environment": fsdp, "bf16": True},
         {"output_dir": "fsdp_stopped", "options": two, "environment": fsdp, "stop": True},
@@ -133,16 +162,20 @@ def adapter(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "final" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize(("one", "name"), [("one", "ddp"), ("one", "fsdp"), ("one_half", "fsdp_half")])
+@pytest.mark.parametrize(("one", "name"), [("one", "ddp"), ("one", "more"), ("one", "fsdp"), ("one_half", "fsdp_half")])
 def test_two_processes_equal_one(runs, one, name):
-    wanted, found = metrics(runs / one), metrics(runs / name)
+    assert_same(runs / one, runs / name)
+
+
+def assert_same(one: Path, two: Path):
+    wanted, found = metrics(one), metrics(two)
     selection = [line["selection"] for line in wanted if "loss" in line]
     assert sum(figure > 0 for figure in selection) > 1, "all but the steps that draw no rule with a score"
     for line, other in zip(wanted, found, strict=True):
         assert line.keys() == other.keys()
         for figure in line.keys() - {"tokens_per_second"}:
             assert other[figure] == pytest.approx(line[figure], rel=1e-5, abs=1e-5), figure
-    weights, others = adapter(runs / one), adapter(runs / name)
+    weights, others = adapter(one), adapter(two)
     assert weights.keys() == others.keys()
     for key in weights:
         torch.testing.assert_close(weights[key], others[key], atol=1e-5, rtol=0)
@@ -156,6 +189,39 @@ def test_a_signal_to_one_stops_both(runs, name):
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     steps = [[line["step"] for line in metrics(runs / out)] for out in ("one", f"{name}stopped")]
     assert steps[0] == steps[1]
+
+
+def test_one_that_is_killed_ends_all_and_one_process_goes_on(runs, tmp_path):
+    options = json.loads((runs / "jobs.json").read_text())[0]["options"]
+    out = tmp_path / "killed"
+    launcher = ["accelerate.commands.launch", "--config_file", str(ACCELERATE / "ddp.yaml"), "--num_processes", "2"]
+    flags = [*as_flags(options), "--output_dir", str(out)]
+    done = start(*launcher, "--main_process_port", "0", __file__, "train", *flags)
+    assert done.returncode == 1
+    ours = [line for line in done.stderr.splitlines() if line.startswith("sparsekv: ")]
+    assert ours == [f"sparsekv: {LOST}"]
+    assert "(SIGKILL)" in done.stderr, "the launcher's words"
+    assert "pair.cc" not in done.stderr, "nobody asked how processes talk to each other"
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2"]
+    one = {**options, "batch_size": 2, "resume": True}
+    with pytest.raises(UserError, match=r"trained with 4 rows a step; .* × 1 processes are 2: change --grad_accum"):
+        train(train_config({**options, "resume": True}, out))
+    train(train_config(one, out))
+    assert_same(runs / "one", out)
+
+
+def test_a_divided_run_goes_on_with_another_number_and_not_undivided(runs, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(runs / "fsdp_stopped", out)
+    shutil.rmtree(out / "final")
+    shutil.rmtree(out / "checkpoint-4")
+    jobs = json.loads((runs / "jobs.json").read_text())
+    (job,) = (job for job in jobs if job["output_dir"].endswith("fsdp_stopped") and not job.get("stop"))
+    options = {**job["options"], "batch_size": 2}
+    with pytest.raises(UserError, match=r"checkpoint-2 was written with FSDP"):
+        train(train_config(options, out))
+    launch([{**job, "options": options, "output_dir": str(out)}], tmp_path, processes=1)
+    assert_same(runs / "one", out)
 
 
 @pytest.mark.parametrize("name", ["ddp_every", "fsdp_every"])
@@ -189,4 +255,7 @@ def test_nothing_holds_the_group_that_is_left(tmp_path):
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "train":
+        add_callback(SignalOne(3, signal.SIGKILL), pytest.MonkeyPatch())
+        cli.main(sys.argv[1:])
     work(json.loads(Path(sys.argv[1]).read_text()))
