@@ -13,9 +13,11 @@ MAY_CHANGE_ON_RESUME = {
 
 
 def rows_of_a_step(record: dict[str, Any], processes: int) -> int:
-    """Rows of an optimizer step of the run that has this record; those of an older version do not name `processes`."""
-    config = record["config"]
-    return config["batch_size"] * config["grad_accum"] * record.get("processes", processes)
+    """Rows of an optimizer step of the run that has this record; an older version's may lack any of them."""
+    batch_size, grad_accum = (
+        record["config"].get(name, getattr(TrainConfig, name)) for name in ("batch_size", "grad_accum")
+    )
+    return batch_size * grad_accum * record.get("processes", processes)
 
 
 def changed_options(recorded: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
