@@ -1,28 +1,14 @@
 """The kernel against the reference: on a GPU, or on a CPU by Triton's interpreter, in a process of its own."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from kernels import DEVICE, check_interpreted, runs
 
 from sparsekv.observe import causal_probabilities
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-runs = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or the interpreter")
-
 
 def test_by_the_interpreter():
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "not interpreter"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if "only 0-dimensional arrays can be converted" in done.stdout:
-        pytest.skip("the interpreter of this Triton does not work with this numpy")
-    assert done.returncode == 0, done.stdout
-    assert "skipped" not in done.stdout
+    check_interpreted(__file__)
 
 
 @runs
