@@ -20,8 +20,9 @@ WEIGHTS, SETTINGS, CARD = "adapter_model.safetensors", "adapter_config.json", "R
 LIMITS = """
 ## Limits
 
-[docs/results.md](../../docs/results.md) has it beside its control, and what failed: among other things, presses that
-go by position gain nothing on needles, and with the full cache it is a little worse than its control.
+[docs/results.md](../../docs/results.md) has it, in its mean with other trainings, beside its control, and what failed:
+among other things, presses that go by position gain nothing on needles, and with the full cache it is a little worse
+than its control.
 
 ## Licence
 

@@ -123,7 +123,7 @@ def two_region_attention(
     dense attention where heads keep unlike numbers.
 
     Equal to `dense_attention` under `two_region_mask` when every head and row of `keeps[j]` keeps `counts[j]` entries
-    and there is no padding. Work shrinks as more is evicted.
+    (on average over a row's heads, unless `even`) and there is no padding. Work shrinks as more is evicted.
 
     Parameters
     ----------

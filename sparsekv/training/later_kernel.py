@@ -39,17 +39,16 @@ def most_attention(query: Tensor, key: Tensor, scaling: float, cuts: Sequence[in
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
     strides = (*query.stride()[:3], *key.stride()[:3])
     weights = query.new_empty(pairs, length, dtype=torch.float32)
-    blocks = triton.cdiv(length - cuts[0], BLOCK)
-    _weights[(blocks, pairs)](
-        query, key, weights, factor, cuts[0], length, *strides, heads, group, WIDTH=width, BLOCK=BLOCK
-    )
+    sizes, options = (*strides, heads, group), {"WIDTH": width, "BLOCK": BLOCK}
     found = []
-    for start, stop in itertools.pairwise([*cuts, length]):
-        most = query.new_empty(batch, heads, start, dtype=torch.float32)
-        _most[(triton.cdiv(start, BLOCK), pairs)](
-            query, key, weights, most, factor, start, stop, length, *strides, heads, group, WIDTH=width, BLOCK=BLOCK
-        )
-        found.append(most)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        blocks = triton.cdiv(length - cuts[0], BLOCK)
+        _weights[(blocks, pairs)](query, key, weights, factor, cuts[0], length, *sizes, **options)
+        for start, stop in itertools.pairwise([*cuts, length]):
+            most = query.new_empty(batch, heads, start, dtype=torch.float32)
+            blocks = triton.cdiv(start, BLOCK)
+            _most[(blocks, pairs)](query, key, weights, most, factor, start, stop, length, *sizes, **options)
+            found.append(most)
     return found
 
 

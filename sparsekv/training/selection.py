@@ -57,8 +57,10 @@ def _most_attention(query: Tensor, key: Tensor, scaling: float, cuts: Sequence[i
     found = []
     for start, stop in itertools.pairwise([*cuts, query.shape[2]]):
         queries, keys = query[:, :, :stop], key[:, :, :stop]
-        blocks = (probabilities for _, probabilities in causal_probabilities(queries, keys, scaling, first=start))
-        found.append(torch.stack([block[..., :start].amax(2) for block in blocks]).amax(0))
+        most = query.new_zeros(*query.shape[:2], start, dtype=torch.float32)
+        for _, probabilities in causal_probabilities(queries, keys, scaling, first=start):
+            most = torch.maximum(most, probabilities[..., :start].amax(2))
+        found.append(most)
     return found
 
 
@@ -89,9 +91,9 @@ def selection_loss(scores: Tensor, count: int, importance: Tensor) -> Tensor:
     Parameters
     ----------
     scores : [B, G, C]
-        A press's, differentiable; the highest are kept.
+        A press's, differentiable; the highest are kept. Heads that share a budget come as one: [B, 1, G·C].
     count : int
-        Entries that each head keeps, 0 < count < C.
+        Entries that each of these keeps, 0 < count < C.
     importance : Float32[B, G, C]
 
     Returns
@@ -99,6 +101,7 @@ def selection_loss(scores: Tensor, count: int, importance: Tensor) -> Tensor:
     Float32[B]
         In units of a logistic loss: 0 when everything attended to is kept by far, log 2 at the border.
     """
+    pinned = scores.detach() == torch.finfo(scores.dtype).max
     scores = scores.float()
     tiny = torch.finfo(torch.float32).tiny
     scores = torch.where((scores >= 0).all(-1, keepdim=True), scores.clamp(min=tiny).log(), scores)
@@ -106,7 +109,7 @@ def selection_loss(scores: Tensor, count: int, importance: Tensor) -> Tensor:
     border = (ranked[..., count - 1, None] + ranked[..., count, None]) / 2
     median, lowest = ranked[..., (count + ranked.shape[-1]) // 2, None], ranked[..., -1:]
     spread = torch.maximum(border - median, (border - lowest) / DEEPEST)
-    safe = scores.detach() > border + SAFE * spread  # what presses pin, by scores up to the largest float
+    safe = pinned | (scores.detach() > border + SAFE * spread)  # also what presses pin by a score above all others
     rest = scores.masked_fill(safe, 0)
     mean = rest.sum(-1, keepdim=True) / (~safe).sum(-1, keepdim=True)
     spread = spread.masked_fill(spread == 0, torch.inf)

@@ -15,6 +15,7 @@ from sparsekv.errors import UserError
 from sparsekv.evaluation.engine import caches as caches_module
 from sparsekv.evaluation.engine import engine as engine_module
 from sparsekv.evaluation.engine.engine import Engine
+from sparsekv.evaluation.engine.memory import held_by_others
 from sparsekv.evaluation.engine.prefill import prefill_shared
 from sparsekv.evaluation.engine.sampling import Sampling
 from sparsekv.evaluation.engine.work import FULL_CACHE, Answer, Cell, ContextWork, Failure, Question
@@ -251,9 +252,13 @@ def test_a_row_that_never_fits_is_one_line(model, tokenizer, monkeypatch):
 
 def test_memory_that_other_processes_hold_is_told(model, tokenizer, monkeypatch):
     monkeypatch.setattr(engine_module, "generate", out_of_memory)
-    monkeypatch.setattr(engine_module, "held_by_others", lambda device: 70 * 2**30)
-    with pytest.raises(UserError, match=r"other processes hold 70.0 GiB of its device: .*--memory_budget_gib$"):
-        texts_of(Engine(model, tokenizer), works_of(tokenizer, CELLS[:2]))
+    for held, told in ((70.0, True), (0.5, False)):
+        monkeypatch.setattr(engine_module, "held_by_others", lambda device, held=held: held * 2**30)
+        with pytest.raises(UserError, match="shorten --context_length") as error:
+            texts_of(Engine(model, tokenizer), works_of(tokenizer, CELLS[:2]))
+        hint = "as other processes hold 70.0 GiB of its device, give each a --memory_budget_gib"
+        assert (hint in str(error.value)) == told
+    assert held_by_others(model.device) == 0, "on a CPU"
 
 
 def test_a_press_that_fails_does_not_end_the_matrix(model, tokenizer, monkeypatch):

@@ -1,6 +1,7 @@
 """Rules: kvpress's own budgets, row by row under padding, and draws that depend on row and layer alone."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,22 @@ def test_as_many_are_kept_in_every_layer_as_kvpress_keeps(name, ratio, model, se
         else:  # kvpress hides what is evicted: its heads may keep unlike numbers
             masked = model.model.layers[layer].self_attn.masked_key_indices
             assert len(masked[0]) == keep.shape[1] * (length - count) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_share_a_budget_as_in_kvpress_also_between_equal_scores(dtype, monkeypatch):
+    class Module(torch.nn.Module):
+        config = SimpleNamespace(_attn_implementation="sdpa")
+
+    scores = torch.randint(0, 12, (2, 3, 40), generator=torch.Generator().manual_seed(0)).to(dtype)
+    press = make_press("expected_attention", 0.6)
+    monkeypatch.setattr(type(press.press), "score", lambda *arguments: scores.clone())
+    module, entries = Module(), torch.zeros(2, 3, 40, 4)
+    press.compress(module, None, entries, entries, None, {})
+    hidden = torch.zeros(2, 3, 40, dtype=torch.bool)
+    hidden[module.masked_key_indices] = True
+    kept = SharedBudgetRule(press.press, press.alpha_safeguard)._top(scores, 16)
+    assert torch.equal(~kept.keep, hidden)
 
 
 def test_pyramidkv_keeps_less_in_deeper_layers(selector, contexts):

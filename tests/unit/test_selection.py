@@ -143,3 +143,13 @@ def test_heads_that_share_a_budget_learn_which_of_them_needs_more(scores, import
     assert after.sum(-1).min() >= 1, "the floor of each head"
     assert (after[:, 0].sum(-1) > before[:, 0].sum(-1)).all()
     assert (importance * after).sum() > 1.1 * (importance * before).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_a_press_pins_is_safe_however_far_scores_spread(dtype):
+    scores = torch.full((1, 1, 100), 1e-7, dtype=dtype)
+    scores[..., 40:] = torch.linspace(0.1, 1, 60).to(dtype)
+    scores[..., :20] = torch.finfo(dtype).max
+    importance = torch.zeros(1, 1, 100)
+    importance[..., :20] = 1.0
+    assert selection_loss(scores.requires_grad_(), 30, importance).item() == 0

@@ -177,7 +177,7 @@ class Engine:
         size, others = self._full_bytes(tokens) / GIB, held_by_others(self.model.device) / GIB
         way_out = "shorten --context_length"
         if others > max(size, 1):  # another evaluation, which has taken what was free when it began
-            way_out = f"other processes hold {others:.1f} GiB of its device: give each a --memory_budget_gib"
+            way_out += f", or, as other processes hold {others:.1f} GiB of its device, give each a --memory_budget_gib"
         return UserError(f"out of memory with one row of {cell}, {size:.1f} GiB of full cache; {way_out}")
 
     def _full_bytes(self, tokens: int) -> int:
