@@ -309,7 +309,7 @@ def eval_cells(record: Record, records: list[Record]) -> list[str]:
         f"{record['answers']:,}",
         f"{seconds:.1f}",
         f"{start:.1f}",
-        f"{(one['seconds'] - one['start']) / (seconds - start) / count:.0%}" if one else "–",
+        f"{(one['seconds'] - one['start']) / (seconds - start) / count:.0%}" if one and seconds > start else "–",
         f"{one['seconds'] / seconds / count:.0%}" if one else "–",
         str(record["different"]),
     ]
