@@ -40,8 +40,8 @@ def tables(options: argparse.Namespace, rows: list[Row], rate: float) -> str:
     text = (
         f"{options.shape}, {'bfloat16' if on_gpu else 'float32'}, {divided(options)}{batches} of "
         f"{options.batch_size} a step, {'with' if options.checkpointing else 'without'} checkpointing, {where}, torch "
-        f"{torch.__version__}; mean of {options.steps} steps; floor at {rate / 1e12:.3g} TFLOP/s: "
-        f"{', '.join(floors.values())}; commit {commit() or 'unknown'}.\n\n"
+        f"{torch.__version__}; mean of {options.steps} steps; cuts: {options.num_cuts}; "
+        f"floor at {rate / 1e12:.3g} TFLOP/s: {', '.join(floors.values())}; commit {commit() or 'unknown'}.\n\n"
     )
     text += table(whole, [totals(options, row, rows, rate) for row in rows])
     timed = [row for row in rows if row.parts and row.name != DENSE]

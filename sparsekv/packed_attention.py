@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 try:
@@ -52,36 +53,17 @@ def packed_attention(
     even: bool,
 ) -> Tensor:
     """`attention.two_region_attention` of [B, H, L, D] queries, for what `packs`: its arguments, its result."""
-    if not even:
-        return _every_head_by_itself(query, key, value, keeps, cuts, counts, scaling)
-    batch, _, length, width = query.shape
-    pieces = _pieces(batch, length, tuple(cuts), tuple(counts), query.device)
-    index = packed_index(keeps, cuts, counts, length).transpose(1, 2)[..., None].expand(-1, -1, -1, width)
-    keys, values = (x.transpose(1, 2).gather(1, index).flatten(0, 1) for x in (key, value))
-    out = _flash(query.transpose(1, 2).flatten(0, 1), keys, values, pieces, scaling)
-    return out.unflatten(0, (batch, length)).transpose(1, 2)
-
-
-def _every_head_by_itself(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keeps: Sequence[Tensor],
-    cuts: Sequence[int],
-    counts: Sequence[int],
-    scaling: float | None,
-) -> Tensor:
-    """Key/value heads that share a budget: every head of a row is packed as a row of its own, as long as it is."""
-    shape, length = key.shape[:2], query.shape[2]
-    index = packed_index_uneven(keeps, cuts, counts, length)
-    keys, values = (x.flatten(0, 2).index_select(0, index)[:, None] for x in (key, value))
-    queries = query.unflatten(1, (shape[1], -1)).transpose(2, 3).flatten(0, 2)  # [B·G·L, H/G, D]
-    out = _flash(queries, keys, values, _uneven_pieces(keeps, cuts, length), scaling)
-    return out.unflatten(0, (*shape, length)).transpose(2, 3).flatten(1, 2)
-
-
-def _flash(queries: Tensor, keys: Tensor, values: Tensor, pieces: "_Pieces", scaling: float | None) -> Tensor:
-    """Tokens × heads × D each."""
+    batch, groups, length, width = key.shape
+    if even:
+        pieces = _pieces(batch, length, tuple(cuts), tuple(counts), query.device)
+        index = packed_index(keeps, cuts, counts, length).transpose(1, 2)[..., None].expand(-1, -1, -1, width)
+        keys, values = (x.transpose(1, 2).gather(1, index).flatten(0, 1) for x in (key, value))
+        queries = query.transpose(1, 2).flatten(0, 1)  # [B·L, H, D]
+    else:  # every key/value head as a row of its own, as long as it is
+        pieces = _uneven_pieces(keeps, cuts, length)
+        index = packed_index_uneven(keeps, cuts, counts, length)
+        keys, values = (x.flatten(0, 2).index_select(0, index)[:, None] for x in (key, value))
+        queries = query.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 2)  # [B·G·L, H/G, D]
     out: Any = varlen.varlen_attn(
         queries,
         keys,
@@ -94,8 +76,9 @@ def _flash(queries: Tensor, keys: Tensor, values: Tensor, pieces: "_Pieces", sca
         window_size=CAUSAL,
         **SHARED_HEADS,
     )
-    attended: Tensor = out
-    return attended
+    if even:
+        return out.unflatten(0, (batch, length)).transpose(1, 2)
+    return out.unflatten(0, (batch, groups, length)).transpose(2, 3).flatten(1, 2)
 
 
 def packed_index(keeps: Sequence[Tensor], cuts: Sequence[int], counts: Sequence[int], length: int) -> Tensor:
@@ -163,8 +146,8 @@ def _uneven_pieces(keeps: Sequence[Tensor], cuts: Sequence[int], length: int) ->
     device, rows = keeps[0].device, keeps[0].shape[:2].numel()
     nothing = _pieces(rows, length, tuple(cuts), (0,) * len(cuts), device)  # kept: the queries' own keys alone
     kept = torch.stack([keep.sum(-1, dtype=torch.int32) for keep in keeps], dim=-1)  # [B, G, cuts]
-    kept = torch.nn.functional.pad(kept, (1, 0)).flatten().cumsum(0, dtype=torch.int32)  # none before the first cut
-    key_starts = nothing.key_starts + torch.nn.functional.pad(kept, (1, 0))
+    kept = F.pad(kept, (1, 0)).flatten().cumsum(0, dtype=torch.int32)  # none before the first cut
+    key_starts = nothing.key_starts + F.pad(kept, (1, 0))
     return nothing._replace(key_starts=key_starts, most_keys=length)
 
 

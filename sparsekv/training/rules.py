@@ -1,7 +1,7 @@
 """Which entries of a context survive a cut: one rule, one `keep`.
 
-A rule is a press of kvpress (the rule trained is the press tested) or the anchors plus a random
-sample. Their names stand in `choices.py`.
+A rule is a press of kvpress (the rule trained is the press tested) or the anchors plus a random sample. Their names
+stand in `choices.py`.
 """
 
 from collections.abc import Sequence

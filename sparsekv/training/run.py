@@ -85,10 +85,7 @@ def train(config: TrainConfig) -> Path | None:
         if args.should_save:
             prepare_output_dir(out, record)
     args.distributed_state.wait_for_everyone()
-    stop = StopCallback()
-    trainer.add_callback(stop)
-    with others_alive(lambda: stop.asked):
-        final = _run(trainer, stop, out, record, checkpoint)
+    final = _run(trainer, out, record, checkpoint)
     if args.world_size > 1:
         atexit.register(_leave_group, args.distributed_state)
     return final
@@ -111,22 +108,23 @@ def _leave_group(state: PartialState) -> None:
     state.destroy_process_group()
 
 
-def _run(
-    trainer: EITTrainer, stop: StopCallback, out: Path, record: dict[str, Any], checkpoint: Path | None
-) -> Path | None:
+def _run(trainer: EITTrainer, out: Path, record: dict[str, Any], checkpoint: Path | None) -> Path | None:
+    stop = StopCallback()
+    trainer.add_callback(stop)
     if checkpoint is not None:
         trainer.load_schedule(checkpoint)
     started = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        stop.restore()
-    if stop.stopped:
-        return None
-    if not trainer.evaluated():
-        trainer.evaluate()
-    record = {**record, "seconds": round(time.perf_counter() - started, 1), "steps": trainer.state.global_step}
-    save_final(trainer, out, record)
+    with others_alive(lambda: stop.asked):
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            stop.restore()
+        if stop.stopped:
+            return None
+        if not trainer.evaluated():
+            trainer.evaluate()
+        record = {**record, "seconds": round(time.perf_counter() - started, 1), "steps": trainer.state.global_step}
+        save_final(trainer, out, record)
     return out / FINAL
 
 
