@@ -115,7 +115,7 @@ def train(options: argparse.Namespace) -> Iterator[Record]:
 
 
 def train_records(options: argparse.Namespace, length: int, count: int, how: str) -> list[Record]:
-    """Of one run: not compiled, and with `--compile` also compiled."""
+    """Of one run."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "rows.json"
         arguments = {
