@@ -63,11 +63,16 @@ def make_model(shape: str, dtype: str, device: str, sharded: bool = False) -> Pr
 
 
 def repeat_layer(model: PreTrainedModel, count: int, shared: bool) -> None:
-    """Make one decoder layer `count` layers, of copies of its weights or of the same memory."""
+    """Make one decoder layer `count` layers, of copies of its weights or of the same memory.
+
+    All have the model's configuration, as in any model of transformers: it says by which function they attend.
+    """
     first, layers = model.get_decoder().layers[0], model.get_decoder().layers
     for number in range(1, count):
         weights = {id(w): nn.Parameter(w.data if shared else w.data.clone()) for w in first.parameters()}
-        layers.append(copy.deepcopy(first, weights))  # with these in place of its own
+        layers.append(
+            copy.deepcopy(first, {**weights, id(model.config): model.config})
+        )  # with these in place of its own
         layers[number].self_attn.layer_idx = number
     model.config.num_hidden_layers = count
     model.config.layer_types *= count

@@ -161,9 +161,18 @@ def measure(options: argparse.Namespace, row: Row) -> None:
         trainer.add_callback(stopwatch)
         with stopwatch.clock:
             loss = trainer.train().training_loss
+        check_evicted(trainer, row)
         combine(row, loss)
         if options.check and row.length == options.lengths[0] and row.name in ("control", "keep 0.3", "mixture"):
             row.check = compare(trainer)
+
+
+def check_evicted(trainer: EITTrainer, row: Row) -> None:
+    """A step in which some layers did not evict costs less than it says."""
+    evicted = None if row.name == DENSE else trainer.eviction.last
+    layers = trainer.base.config.num_hidden_layers
+    if evicted is not None and len(evicted.keeps) != layers:
+        raise AssertionError(f"{row.name}: {len(evicted.keeps)} of {layers} layers evicted")
 
 
 def combine(row: Row, loss: float) -> None:

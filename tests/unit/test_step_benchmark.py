@@ -1,6 +1,7 @@
 """benchmarks/train_step.py: its floor, its comparison with dense masks, and what it says of a row that does not fit."""
 
 import argparse
+import copy
 import importlib
 from pathlib import Path
 
@@ -53,6 +54,26 @@ def test_a_32b_has_its_parameters(train_step):
     base = train_step.make_model("qwen3-32b", "bfloat16", "meta")
     assert sum(weight.numel() for weight in base.parameters()) == pytest.approx(32.76e9, rel=1e-3)
     assert [layer.self_attn.layer_idx for layer in base.model.layers] == list(range(64))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_every_layer_attends_as_the_model_is_told_to(sharded, train_step):
+    base = train_step.make_model("tiny", "float32", "cpu", sharded)
+    base.set_attn_implementation("eager")
+    assert {layer.self_attn.config._attn_implementation for layer in base.model.layers} == {"eager"}
+
+
+def test_a_step_that_evicts_in_some_layers_only_is_not_measured(train_step, tmp_path, monkeypatch):
+    def part_of(*args):
+        trainer = make_trainer(*args)
+        attention = trainer.base.model.layers[2].self_attn
+        attention.config = copy.deepcopy(attention.config)
+        return trainer
+
+    make_trainer = train_step.make_trainer
+    monkeypatch.setattr(train_step, "make_trainer", part_of)
+    with pytest.raises(AssertionError, match="2 of 3 layers evicted"):
+        train_step.measure(options(lengths=[128], compile=False), train_step.Row("mixture", 128, False))
 
 
 def test_a_model_to_be_divided_begins_as_one_layer_and_ends_as_the_whole(train_step, tmp_path):
