@@ -3,7 +3,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +21,7 @@ SEEDS = "{0}-0,{0}-1,{0}-2"
 COMMANDS = {  # experiment → what makes its compare.csv
     "headline": f"sparsekv compare out/eval/base {SEEDS.format('out/eval/control')} {SEEDS.format('out/eval/trained')} "
     "--output results/headline",
+    "beyond": "sparsekv compare out/WHAT/base out/WHAT/control-0 out/WHAT/trained-0 --output results/beyond/WHAT",
     "ablations": "sparsekv compare out/eval/base out/eval/control-0 out/eval/RUN --output results/ablations/RUN",
 }
 # Of a training, beside its data and size.
@@ -40,6 +41,8 @@ def main(results: Path, document: Path) -> None:
         blocks = {"goals": goals_block(table), "headline": headline_block(table)}
     else:
         blocks = dict.fromkeys(("goals", "headline"), absent(headline, "headline"))
+    further = [read_compare(file) for file in sorted(results.glob("beyond/*/compare.csv"))]
+    blocks["beyond"] = beyond_block(further) if further else absent(results / "beyond", "beyond")
     blocks["trainings"] = trainings_block(results) or absent(results / "headline" / "training", "headline")
     runs = {file.parent.name: read_compare(file) for file in sorted(results.glob("ablations/*/compare.csv"))}
     blocks["ablations"] = ablations_block(runs) if runs else absent(results / "ablations", "ablations")
@@ -123,6 +126,49 @@ def divergence(table: pd.DataFrame, cell: pd.Series) -> str:
     return f"{shown} {tables.SYMBOLS.get(runs.get('trained', {}).get('verdict_control'), '')}".strip()
 
 
+def beyond_block(comparisons: Sequence[pd.DataFrame]) -> str:
+    """One row a benchmark, length and task: means over evicted cells, and verdicts."""
+    lines = []
+    for table in comparisons:
+        scored = table[(table.reason == "") & table.headline.astype(bool)]
+        for _, rows in scored.groupby(["benchmark", "data_dir"]):
+            tasks = rows[rows.task != ALL_TASKS].task.unique()
+            shown = rows if len(tasks) > 1 else rows[rows.task != ALL_TASKS]
+            lines += [beyond_cells(task) for _, task in shown.groupby("task")]
+    first = comparisons[0]
+    header = ["benchmark", "task", "n", "full cache", "evicted, mean", "retention, mean", "cells"]
+    about = f"{caption(pd.concat(comparisons).query('task == @ALL_TASKS'))} Base → control → trained."
+    cells = first[(first.press != NO_PRESS) & (first.task == ALL_TASKS)].drop_duplicates(["press", "compression_ratio"])
+    notes = f"Means over {len(cells)} evicted cells. Cells: trained against control, ▲ better, ▼ worse, = no different."
+    return "\n\n".join([about, tables.markdown_table(header, lines), notes])
+
+
+def beyond_cells(rows: pd.DataFrame) -> list[str]:
+    """The cells of one task of a benchmark."""
+    first, evicted = rows.iloc[0], rows[rows.press != NO_PRESS]
+
+    def of_runs(chosen: pd.DataFrame, column: str, form: str) -> str:
+        means = chosen.groupby("run")[column].mean()
+        return " → ".join(tables.figure_text({column: means.get(role)}, column, form) for role in ROLES)
+
+    return [
+        tables.benchmark_name(first),
+        first.task,
+        f"{first.n}",
+        of_runs(rows[rows.press == NO_PRESS], "score", tables.score_form(first)),
+        of_runs(evicted, "score", tables.score_form(first)),
+        of_runs(evicted, "retention", "{:.1%}"),
+        verdicts(evicted),
+    ]
+
+
+def verdicts(evicted: pd.DataFrame) -> str:
+    """`▲ 8 ▼ 0 = 24`: of trained against control."""
+    counts = evicted.verdict_control.value_counts()
+    counted = " ".join(f"{symbol} {counts.get(verdict, 0)}" for verdict, symbol in tables.SYMBOLS.items())
+    return counted if len(counts) else tables.NONE
+
+
 def trainings_block(results: Path) -> str:
     """One row a training kept under results/: what it was trained on, and its perplexity before and after."""
     rows = [training(file.parent, results) for file in sorted(results.glob("**/training/*/eit_config.json"))]
@@ -183,8 +229,6 @@ def means(table: pd.DataFrame) -> list[str]:
         chosen = rows[needles if metric == "needles" else rows.metric == metric]
         return tables.figure_text({column: chosen[column].mean()}, column, form)
 
-    verdicts = evicted[evicted.headline.astype(bool)].verdict_control.value_counts()
-    counted = " ".join(f"{symbol} {verdicts.get(verdict, 0)}" for verdict, symbol in tables.SYMBOLS.items())
     return [
         mean(full, "nll", "{:.3f}"),
         mean(evicted, "nll", "{:.3f}"),
@@ -192,7 +236,7 @@ def means(table: pd.DataFrame) -> list[str]:
         mean(full, "needles", "{:.1f}"),
         mean(evicted, "needles", "{:.1f}"),
         mean(evicted, "needles", "{:.1%}", "retention"),
-        counted if len(verdicts) else tables.NONE,
+        verdicts(evicted[evicted.headline.astype(bool)]),
     ]
 
 

@@ -23,9 +23,17 @@ class Comparison:
         self.rows: list[dict[str, Any]] = []
         self._full: dict[tuple[str, ...], tuple[float, ...]] = {}
 
-    def needles(self, press: str, ratio: float, scores: tuple[float, ...], verdict: str, **changes: Any) -> None:
-        """A cell of `ruler-local`: percent for each role, of the only task and on average."""
-        for task in ("vt", "all tasks"):
+    def needles(
+        self,
+        press: str,
+        ratio: float,
+        scores: tuple[float, ...],
+        verdict: str,
+        tasks: tuple[str, ...] = ("vt",),
+        **changes: Any,
+    ) -> None:
+        """A cell of `ruler-local`: percent for each role, of each task and on average."""
+        for task in (*tasks, "all tasks"):
             known = {"benchmark": "ruler-local", "task": task, "metric": "string_match", "lower_is_better": False}
             self._add(press, ratio, scores, verdict, **known | changes)
 

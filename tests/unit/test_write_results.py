@@ -10,7 +10,7 @@ from scripts.write_results import COMMANDS, main
 from sparsekv.errors import UserError
 from tests.comparison import Comparison
 
-BLOCKS = ("goals", "headline", "trainings", "ablations")
+BLOCKS = ("goals", "headline", "beyond", "trainings", "ablations")
 
 
 @pytest.fixture
@@ -57,7 +57,8 @@ def write_training(folder: Path, **changes: object) -> None:
 
 def test_what_is_absent_is_said_with_its_command(tmp_path: Path, document: Path) -> None:
     main(tmp_path / "results", document)
-    for name, experiment in zip(BLOCKS, ("headline", "headline", "headline", "ablations"), strict=True):
+    experiments = ("headline", "headline", "beyond", "headline", "ablations")
+    for name, experiment in zip(BLOCKS, experiments, strict=True):
         assert "is not there yet" in block(document, name)
         assert block(document, name).endswith(f"\n\n    {COMMANDS[experiment]}")
         assert "|" not in block(document, name)
@@ -88,6 +89,21 @@ def test_goals_and_cells(tmp_path: Path, document: Path) -> None:
     assert text["snapkv, 70%"][3:] == ["▲ -0.300", "-1.300 … +0.700", "0.300 → 0.250 → 0.125 ▲"]
     assert text["full cache"][3:] == ["▼ +0.010", "-0.990 … +1.010", "0.000 → 0.000 → 0.000 ="]
     assert "is not there yet" in block(document, "ablations")
+
+
+def test_other_lengths_and_tasks(tmp_path: Path, document: Path) -> None:
+    one_task, two_tasks = comparison(), Comparison()
+    one_task.write(tmp_path / "results" / "beyond" / "lengths")
+    two_tasks.needles("no_press", 0.0, (50, 60, 60), "no difference", ("fwe", "vt"))
+    two_tasks.needles("snapkv", 0.7, (10, 15, 30), "worse", ("fwe", "vt"))
+    two_tasks.write(tmp_path / "results" / "beyond" / "tasks")
+    main(tmp_path / "results", document)
+    text = block(document, "beyond")
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ruler-local")]
+    assert [line[1] for line in lines] == ["vt", "all tasks", "fwe", "vt"]
+    means = ["80.0 → 90.0 → 90.0", "30.0 → 35.0 → 50.0", "37.5% → 38.9% → 55.6%", "▲ 1 ▼ 0 = 1"]
+    assert lines[0] == ["ruler-local 1024", "vt", "40", *means]
+    assert lines[2][3:] == ["50.0 → 60.0 → 60.0", "10.0 → 15.0 → 30.0", "20.0% → 25.0% → 50.0%", "▲ 0 ▼ 1 = 0"]
 
 
 def test_trainings(tmp_path: Path, document: Path) -> None:
