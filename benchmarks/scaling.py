@@ -17,8 +17,8 @@ by the number of GPUs.
 `eval` runs `sparsekv eval` on one GPU and under accelerate on several, each into a folder of its own, and compares the
 answers. The same command again, which finds all done, is the time to start, but for the weights: a process loads them
 when its first answer is due, and that counts as work. Efficiency is the rest on one GPU over the rest on several, by
-their number; beside it, the same with the start. Each process has a fixed share of the portions: with
-`--num_samples` 8 or 16 there are 8 of one size; with 32 there are 13, and 8 GPUs can reach 81% at most.
+their number; beside it, the same with the start. A process takes a portion at a time: with `--num_samples` 8 or 16
+there are 8 of one size; with 32 there are 13, and 8 GPUs can reach 81% at most.
 """
 
 import argparse

@@ -286,11 +286,26 @@ def test_shards_from_two_machines(inputs, tmp_path, uninterrupted):
     assert results(tmp_path / "0") == uninterrupted
 
 
-def test_the_shard_of_a_process(monkeypatch):
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert EvalConfig(model="m", out="o").share() == (2, 4)
-    assert EvalConfig(model="m", out="o", shard="1/3").share() == (1, 3)
+@pytest.mark.parametrize(
+    ("rank", "shard", "portions"),
+    [("0", None, [*range(9)]), ("1", None, [*range(3, 9), 0, 1, 2]), ("2", "1/3", [7, 1, 4])],
+)
+def test_a_process_of_a_launcher_begins_at_its_place_and_leaves_nothing(
+    inputs, tmp_path, uninterrupted, monkeypatch, rank, shard, portions
+):
+    """The others never come: what they would have done is done all the same, within the shard."""
+    plain, seen = Job.works, []
+
+    def works(job, portion):
+        seen.append(portion)
+        return plain(job, portion)
+
+    monkeypatch.setattr(Job, "works", works)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert evaluate(config(inputs, tmp_path, shard=shard)) is None
+    assert seen == portions
+    assert results(tmp_path) == (uninterrupted if shard is None else {})
 
 
 @pytest.mark.parametrize(("rank", "size"), [("5", "2"), ("2", "2"), ("x", "2"), ("0", "")])

@@ -161,7 +161,7 @@ class EvalConfig(CellOptions):
     view_tokens
         Longest context that is kept for the report's token viewer; 0: none.
     shard
-        i/n: do every n-th part of the work, from the i-th on, counting from 0; default: by process under accelerate.
+        i/n: do every n-th part of the work, from the i-th on, counting from 0; default: whatever no other process does.
     trust_remote_code
         Run the model's own code from the Hub.
     """
@@ -198,6 +198,7 @@ class EvalConfig(CellOptions):
         require(0 <= self.seed < 2**32, f"--seed {self.seed}: must be at least 0 and below 2**32")
         require(self.view_tokens >= 0, f"--view_tokens {self.view_tokens}: must be at least 0")
         self.share()
+        launched()
         self.suites()
 
     def folders(self) -> dict[Path, RunConfig]:
@@ -225,15 +226,26 @@ class EvalConfig(CellOptions):
     def share(self) -> tuple[int, int]:
         """(i, n): this process does every n-th part of the work, from the i-th on."""
         if self.shard is None:
-            rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-            valid = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
-            require(valid, f"RANK={rank} WORLD_SIZE={size} in the environment: RANK must be from 0 to WORLD_SIZE − 1")
-            return int(rank), int(size)
+            return 0, 1
         parts = re.fullmatch(r"(\d+)/(\d+)", self.shard)
         valid = parts is not None and int(parts[1]) < int(parts[2])
         require(valid, f"--shard {self.shard}: must be i/n with i from 0 to n − 1, such as 0/8")
         assert parts is not None
         return int(parts[1]), int(parts[2])
+
+
+def launched() -> tuple[int, int]:
+    """(i, n): this is the i-th of n processes that a launcher has started; (0, 1) without one.
+
+    Raises
+    ------
+    UserError
+        When the environment contradicts itself.
+    """
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    valid = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
+    require(valid, f"RANK={rank} WORLD_SIZE={size} in the environment: RANK must be from 0 to WORLD_SIZE − 1")
+    return int(rank), int(size)
 
 
 def split(value: Sequence[Any] | float | str | None) -> list[str]:

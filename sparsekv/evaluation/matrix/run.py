@@ -19,7 +19,7 @@ from sparsekv.evaluation.engine.engine import Engine
 from sparsekv.evaluation.engine.sampling import Sampling
 from sparsekv.evaluation.matrix.bounds import write_bounds
 from sparsekv.evaluation.matrix.cells import LOCKS
-from sparsekv.evaluation.matrix.config import EvalConfig
+from sparsekv.evaluation.matrix.config import EvalConfig, launched
 from sparsekv.evaluation.matrix.inputs import Run, device, prepare
 from sparsekv.evaluation.matrix.jobs import Job
 from sparsekv.evaluation.matrix.needles import write_needles
@@ -52,13 +52,12 @@ def evaluate(config: EvalConfig) -> int | None:
     """
     runs = prepare(config)
     _say_state(runs)
-    index, count = config.share()
-    shares = [[(job, portion) for job in run.jobs for portion in range(len(job.portions))] for run in runs]
-    total = sum(job.missing(portion) for share in shares for job, portion in share[index::count])
+    shares = [_share(run, config) for run in runs]
+    total = sum(job.missing(portion) for share in shares for job, portion in share)
     with StopSignal() as stop, CountProgress("answers", total) as progress:
         for run, share in zip(runs, shares, strict=True):
             _begin(run)
-            Worker(config, run, stop, progress).work(share[index::count])
+            Worker(config, run, stop, progress).work(share)
             if stop.number is not None:
                 return stop.number
             _end(run)
@@ -66,6 +65,15 @@ def evaluate(config: EvalConfig) -> int | None:
             _summarize(Path(config.out))
     _say_state(runs)
     return None
+
+
+def _share(run: Run, config: EvalConfig) -> list[Item]:
+    """What this process may do, from its own place on where a launcher started several: none is left with nothing."""
+    index, count = config.share()
+    items = [(job, portion) for job in run.jobs for portion in range(len(job.portions))][index::count]
+    rank, size = launched()
+    first = len(items) * rank // size
+    return items[first:] + items[:first]
 
 
 def _begin(run: Run) -> None:
