@@ -12,7 +12,7 @@ from sparsekv.cluster.phases import Phase
 from sparsekv.errors import UserError
 from sparsekv.evaluation.matrix.config import EvalConfig
 from sparsekv.training.config import TrainConfig
-from sparsekv.training.record import FINAL, RUN_CONFIG, changed_options
+from sparsekv.training.record import FINAL, RUN_CONFIG, changed_steps
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ def state(phase: Phase) -> State:
     """
     if isinstance(phase.config, EvalConfig):
         return _evaluated(phase.config)
-    return _trained(phase.config) if isinstance(phase.config, TrainConfig) else _analyzed(phase.config)
+    if isinstance(phase.config, TrainConfig):
+        return _trained(phase.config, phase.needs.gpus)
+    return _analyzed(phase.config)
 
 
 def _analyzed(config: AnalysisConfig) -> State:
@@ -60,7 +62,7 @@ def _analyzed(config: AnalysisConfig) -> State:
     return State(True, str(out / ANALYSIS))
 
 
-def _trained(config: TrainConfig) -> State:
+def _trained(config: TrainConfig, processes: int) -> State:
     out = Path(config.output_dir)
     final = (out / FINAL).is_dir()
     record = _read((out / FINAL if final else out) / RUN_CONFIG)
@@ -68,7 +70,7 @@ def _trained(config: TrainConfig) -> State:
         if out.exists() and any(out.iterdir()):
             raise UserError(f"{out}: is not empty and holds no run of `sparsekv train`; name another folder")
         return State(False, "nothing yet")
-    _refuse_other(out, changed_options(record.get("config", {}), config))
+    _refuse_other(out, changed_steps(record, config, processes))
     if final:
         return State(True, str(out / FINAL))
     steps = [int(path.name[11:]) for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]

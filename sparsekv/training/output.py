@@ -16,7 +16,7 @@ from sparsekv.files import check_writable, readable, write_json, write_text, wri
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import SCHEDULER_STATE, STAGING, EITTrainer
 from sparsekv.training.model_card import model_card
-from sparsekv.training.record import FINAL, RUN_CONFIG, changed_options, rows_of_a_step
+from sparsekv.training.record import FINAL, RUN_CONFIG, changed_steps, rows_of_a_step
 from sparsekv.version import commit, versions
 
 
@@ -34,11 +34,9 @@ def _find_checkpoint(out: Path, config: TrainConfig, processes: int) -> Path | N
     if not (out / RUN_CONFIG).is_file():
         raise UserError(f"--resume: {out} holds no run (no {RUN_CONFIG})")
     record = json.loads((out / RUN_CONFIG).read_text(encoding="utf-8"))
-    changed = changed_options(record["config"], config)
+    changed = changed_steps(record, config, processes)
     before, now = rows_of_a_step(record, processes), config.batch_size * config.grad_accum * processes
-    if before == now:  # shared by other processes, in other micro-batches: the same steps
-        changed = {name: values for name, values in changed.items() if name not in ("batch_size", "grad_accum")}
-    elif not changed:
+    if before != now and not changed:
         raise UserError(
             f"--resume: {out} was trained with {before} rows a step; --batch_size {config.batch_size} × --grad_accum "
             f"{config.grad_accum} × {processes} processes are {now}: change --grad_accum"

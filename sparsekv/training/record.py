@@ -15,9 +15,17 @@ MAY_CHANGE_ON_RESUME = {
 def rows_of_a_step(record: dict[str, Any], processes: int) -> int:
     """Rows of an optimizer step of the run that has this record; an older version's may lack any of them."""
     batch_size, grad_accum = (
-        record["config"].get(name, getattr(TrainConfig, name)) for name in ("batch_size", "grad_accum")
+        record.get("config", {}).get(name, getattr(TrainConfig, name)) for name in ("batch_size", "grad_accum")
     )
     return batch_size * grad_accum * record.get("processes", processes)
+
+
+def changed_steps(record: dict[str, Any], config: TrainConfig, processes: int) -> dict[str, tuple[Any, Any]]:
+    """As `changed_options`, but for other micro-batches on other processes where a step has the same rows."""
+    changed = changed_options(record.get("config", {}), config)
+    if rows_of_a_step(record, processes) == config.batch_size * config.grad_accum * processes:
+        changed = {name: values for name, values in changed.items() if name not in ("batch_size", "grad_accum")}
+    return changed
 
 
 def changed_options(recorded: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:

@@ -55,11 +55,11 @@ def after(call: list[str]) -> str:
     return call[call.index("-d") + 1] if "-d" in call else ""
 
 
-def finish_training(name: str) -> None:
+def finish_training(name: str, **recorded: int) -> None:
     phase = make_phases(load_pipeline(Path("configs/pipeline.yaml")), "tiny")[name]
     final = phase.out / "final"
     final.mkdir(parents=True)
-    record = {"config": json.loads(json.dumps(vars(phase.config), default=vars))}
+    record = {"config": json.loads(json.dumps(vars(phase.config), default=vars)), **recorded}
     (final / "eit_config.json").write_text(json.dumps(record))
 
 
@@ -404,6 +404,17 @@ def test_work_of_another_configuration_is_refused(site, capsys):
     Path("configs/train.yaml").write_text(yaml.safe_dump(train | {"lr": 0.5}))
     line = failure(capsys, "submit", "pipeline", "--model", "tiny", "--yes")
     assert "out/trained: was made with --lr 0.0002, now 0.5" in line
+
+
+def test_a_training_may_go_on_with_other_gpus_where_a_step_has_the_same_rows(site, capsys):
+    finish_training("train", processes=1)
+    train = yaml.safe_load(Path("configs/train.yaml").read_text())
+    Path("configs/train.yaml").write_text(yaml.safe_dump(train | {"grad_accum": 4}))
+    line = failure(capsys, "submit", "pipeline", "--model", "tiny", "--yes")
+    assert "out/trained: was made with --grad_accum 8, now 4" in line
+    pipeline = yaml.safe_load(Path("configs/pipeline.yaml").read_text())
+    Path("configs/pipeline.yaml").write_text(yaml.safe_dump(pipeline | {"resources": {"train": {"gpus": 2}}}))
+    assert submit("pipeline", "--model", "tiny", "--dry-run") == 0
     assert not site.calls("sbatch")
 
 
