@@ -4,6 +4,7 @@ import atexit
 import gc
 import logging
 import time
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,7 @@ def _check_length(base: PreTrainedModel, config: TrainConfig) -> None:
 def _check_architecture(trainer: EITTrainer, config: TrainConfig, rows: Dataset) -> None:
     """Run a short row under every rule: one that the model does not work with is known before anything is written."""
     ids = torch.tensor([rows[0]["input_ids"][:96]], device=trainer.base.device)  # presses score 65 tokens and more
+    evicting: set[int] = set()
     for rule in config.rules:
         plan = EvictionPlan("two_region", (ids.shape[1] - 2,), (rule,), (0.5,))
         try:
@@ -149,11 +151,22 @@ def _check_architecture(trainer: EITTrainer, config: TrainConfig, rows: Dataset)
             raise UserError(f"--rules {rule}: does not work with --model {config.model}, {kind}: {error}") from error
         if eviction.last is not None:
             eviction.last.keep_ratio()  # complains when no layer evicted anything
+            evicting.update(eviction.last.keeps)
+    _say_what_stays(trainer.base, config, evicting)
     if config.selects:
         try:
             check_observable(trainer.base, config.model, config.max_seq_len)
         except UserError as error:
             raise UserError(f"--lambda_selection {config.lambda_selection:g}: needs another model; {error}") from error
+
+
+def _say_what_stays(base: PreTrainedModel, config: TrainConfig, evicting: Set[int]) -> None:
+    """Name the layers that keep everything: the training evicts less than it seems to."""
+    whole = sorted(set(range(base.config.get_text_config().num_hidden_layers)) - evicting)
+    if whole and not config.control:
+        layers = ", ".join(map(str, whole))
+        reason = "they have a sliding window, or attention of another kind"
+        logger.warning("--model %s: layers %s evict nothing: %s", config.model, layers, reason)
 
 
 def _student_and_teacher(

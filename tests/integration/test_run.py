@@ -1,5 +1,6 @@
 """From options to the files of a run."""
 
+import copy
 import json
 import math
 import resource
@@ -295,6 +296,22 @@ def test_a_model_whose_attention_cannot_be_observed_takes_no_selection_loss(opti
         train(train_config(options, tmp_path / "out", lambda_selection=0.5))
     assert not (tmp_path / "out").exists()
     assert train(train_config(options, tmp_path / "out", lambda_selection=0.5, control=True)).is_dir()
+
+
+def test_layers_that_evict_nothing_are_named(options, tmp_path, monkeypatch, caplog):
+    def part_of(*args):
+        trainer = make_trainer(*args)
+        attention = trainer.base.model.layers[1].self_attn
+        attention.config = copy.deepcopy(attention.config)  # so that it is not told how to attend
+        return trainer
+
+    make_trainer = run._make_trainer
+    monkeypatch.setattr(run, "_make_trainer", part_of)
+    line = f"--model {options['model']}: layers 1 evict nothing"
+    for control, warned in ((False, True), (True, False)):
+        caplog.clear()
+        train(train_config(options, tmp_path / f"out-{control}", control=control, max_steps=1))
+        assert (line in caplog.text) == warned
 
 
 def test_an_architecture_that_cannot_evict_is_refused_before_anything_is_written(options, tmp_path):
