@@ -70,9 +70,8 @@ def repeat_layer(model: PreTrainedModel, count: int, shared: bool) -> None:
     first, layers = model.get_decoder().layers[0], model.get_decoder().layers
     for number in range(1, count):
         weights = {id(w): nn.Parameter(w.data if shared else w.data.clone()) for w in first.parameters()}
-        layers.append(
-            copy.deepcopy(first, {**weights, id(model.config): model.config})
-        )  # with these in place of its own
+        instead = {**weights, id(model.config): model.config}  # of what the first layer has
+        layers.append(copy.deepcopy(first, instead))
         layers[number].self_attn.layer_idx = number
     model.config.num_hidden_layers = count
     model.config.layer_types *= count

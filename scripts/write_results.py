@@ -135,11 +135,9 @@ def beyond_block(comparisons: Sequence[pd.DataFrame]) -> str:
             tasks = rows[rows.task != ALL_TASKS].task.unique()
             shown = rows if len(tasks) > 1 else rows[rows.task != ALL_TASKS]
             lines += [beyond_cells(task) for _, task in shown.groupby("task")]
-    first = comparisons[0]
     header = ["benchmark", "task", "n", "full cache", "evicted, mean", "retention, mean", "cells"]
     about = f"{caption(pd.concat(comparisons).query('task == @ALL_TASKS'))} Base → control → trained."
-    cells = first[(first.press != NO_PRESS) & (first.task == ALL_TASKS)].drop_duplicates(["press", "compression_ratio"])
-    notes = f"Means over {len(cells)} evicted cells. Cells: trained against control, ▲ better, ▼ worse, = no different."
+    notes = "Means over all evicted cells. Cells: trained against control, ▲ better, ▼ worse, = no different."
     return "\n\n".join([about, tables.markdown_table(header, lines), notes])
 
 

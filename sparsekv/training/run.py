@@ -152,7 +152,8 @@ def _check_architecture(trainer: EITTrainer, config: TrainConfig, rows: Dataset)
         if eviction.last is not None:
             eviction.last.keep_ratio()  # complains when no layer evicted anything
             evicting.update(eviction.last.keeps)
-    _say_what_stays(trainer.base, config, evicting)
+    if trainer.args.should_log and not config.control:
+        _say_what_stays(trainer.base, config.model, evicting)
     if config.selects:
         try:
             check_observable(trainer.base, config.model, config.max_seq_len)
@@ -160,13 +161,13 @@ def _check_architecture(trainer: EITTrainer, config: TrainConfig, rows: Dataset)
             raise UserError(f"--lambda_selection {config.lambda_selection:g}: needs another model; {error}") from error
 
 
-def _say_what_stays(base: PreTrainedModel, config: TrainConfig, evicting: Set[int]) -> None:
+def _say_what_stays(base: PreTrainedModel, name: str, evicting: Set[int]) -> None:
     """Name the layers that keep everything: the training evicts less than it seems to."""
     whole = sorted(set(range(base.config.get_text_config().num_hidden_layers)) - evicting)
-    if whole and not config.control:
+    if whole:
         layers = ", ".join(map(str, whole))
         reason = "they have a sliding window, or attention of another kind"
-        logger.warning("--model %s: layers %s evict nothing: %s", config.model, layers, reason)
+        logger.warning("--model %s: layers %s evict nothing: %s", name, layers, reason)
 
 
 def _student_and_teacher(
