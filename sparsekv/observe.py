@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from sparsekv.attention_interface import attending_by
 from sparsekv.errors import UserError, require
 
 IMPLEMENTATION = "sparsekv_observed"
@@ -54,17 +53,16 @@ def observing(model: nn.Module, receive: Receiver) -> Iterator[None]:
         a bias by position, an encoder.
     """
     base: Any = model
-    AttentionInterface.register(IMPLEMENTATION, _observed_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-    with contextlib.ExitStack() as stack:
-        stack.callback(base.set_attn_implementation, base.config._attn_implementation)
-        base.set_attn_implementation(IMPLEMENTATION)
 
-        def pass_on(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            return args, {**kwargs, "observer": _Observer(receive)}
+    def pass_on(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, {**kwargs, "observer": _Observer(receive)}
 
-        stack.callback(base.get_decoder().register_forward_pre_hook(pass_on, with_kwargs=True).remove)
-        yield
+    with attending_by(base, IMPLEMENTATION, _observed_attention):
+        handle = base.get_decoder().register_forward_pre_hook(pass_on, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def _observed_attention(

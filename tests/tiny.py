@@ -1,5 +1,6 @@
 """Two-layer random models of every family, and a tokenizer that fits them: made in memory in milliseconds."""
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -7,6 +8,7 @@ from pydoc_data.topics import topics
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -76,6 +78,17 @@ def make_sharp(name: str, **changes) -> PreTrainedModel:
             sharpened.weight *= 6 if normed else 200
             layer.self_attn.v_proj.weight[:, :20] *= 10
     return model
+
+
+def attend_as_ever(attention: nn.Module) -> None:
+    """Let a layer attend by SDPA, whatever its model is told."""
+    config = copy.deepcopy(attention.config)
+
+    class Fixed(type(config)):
+        _attn_implementation = property(lambda self: "sdpa", lambda self, name: None)
+
+    config.__class__ = Fixed
+    attention.config = config
 
 
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -24,7 +24,7 @@ from sparsekv.training.hidden_states import last_hidden, require_plain_head, run
 from sparsekv.training.kv_dropout import KVDropoutContext, base_of
 from sparsekv.training.loss import IGNORE_INDEX, LogitSums, distillation_loss, sums_from_logits
 from sparsekv.training.meter import Meter
-from sparsekv.training.modes import ADAPTER_SWITCH, switched
+from sparsekv.training.modes import ADAPTER_SWITCH, switched, training_already
 from sparsekv.training.plan import EvictionPlan
 from sparsekv.training.scheduler import KeepRatioScheduler
 from sparsekv.training.selection import later_attention
@@ -102,7 +102,7 @@ class EITTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a micro-batch, both inside the eviction context (checkpointing recomputes)."""
         plan = None if self.config.control else self.current_plan(inputs["input_ids"].shape[1])
-        with KVDropoutContext(self.base, plan, self.selector) as self.eviction:
+        with KVDropoutContext(self.base, plan, self.selector) as self.eviction, training_already(model, self.base):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as unpatched_sdpa
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from sparsekv.attention import combine_masks, repeat_heads
+from sparsekv.attention_interface import attending_by
 from sparsekv.errors import UserError
 from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.eviction import ForwardEviction, begin_forward, slides
@@ -90,11 +90,9 @@ class KVDropoutContext:
         if not self.base._supports_sdpa:
             kind = type(self.base).__name__
             raise UserError(f"--model: {kind} does not support SDPA attention, which eviction is built on")
-        register()
         stack.callback(setattr, F, "scaled_dot_product_attention", F.scaled_dot_product_attention)
         F.scaled_dot_product_attention = unpatched_sdpa  # the patch of an outer SDPAKVDropout rests
-        stack.callback(self.base.set_attn_implementation, self.base.config._attn_implementation)
-        self.base.set_attn_implementation(IMPLEMENTATION)
+        stack.enter_context(attending_by(self.base, IMPLEMENTATION, evicted_attention_forward))
         handle = decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         stack.callback(handle.remove)
         for module in attention_modules(decoder):
@@ -117,7 +115,7 @@ class KVDropoutContext:
         if self.plan is None:
             return args, kwargs
         self.last = begin_forward(self.plan, self.selector, args, kwargs, self.importance)
-        checkpointing = self.base.is_gradient_checkpointing and self.base.training
+        checkpointing = getattr(decoder, "gradient_checkpointing", False) and self.base.training
         self._awaits_recomputation = checkpointing and torch.is_grad_enabled()
         return args, {**kwargs, "eviction": self.last, "use_cache": False}
 
@@ -181,12 +179,6 @@ class SDPAKVDropout(KVDropoutContext):
         mask = repeat_heads(combine_masks(mask, attn_mask), query.shape[1])
         key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
         return unpatched_sdpa(query, key, value, mask, dropout_p, scale=scale)
-
-
-def register() -> None:
-    """Make the seam known to transformers under the name `sparsekv` (once; harmless when repeated)."""
-    AttentionInterface.register(IMPLEMENTATION, evicted_attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 def evicted_attention_forward(

@@ -1,4 +1,4 @@
-"""Switching modules of a model: `model.eval()` and peft's `disable_adapter()` in a hundredth of their time.
+"""Switching modules of a model: `eval()`, `train()` and peft's `disable_adapter()` in a hundredth of their time.
 
 Those walk through thousands of modules, and the GPU has nothing to do meanwhile.
 """
@@ -22,3 +22,19 @@ def switched(modules: Iterable[nn.Module], attribute: str, value: bool) -> Itera
     finally:
         for module in changed:
             object.__setattr__(module, attribute, not value)
+
+
+@contextlib.contextmanager
+def training_already(model: nn.Module, base: nn.Module) -> Iterator[None]:
+    """Inside, `model.train()` does nothing where both are training; the Trainer calls it in every micro-batch.
+
+    `base` is the model inside of adapters and wrappers, which begin in training mode around a base that does not.
+    """
+    if not (model.training and base.training):
+        yield
+        return
+    object.__setattr__(model, "train", lambda: model)
+    try:
+        yield
+    finally:
+        object.__delattr__(model, "train")

@@ -1,6 +1,5 @@
 """From options to the files of a run."""
 
-import copy
 import json
 import math
 import resource
@@ -10,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import make_tiny_tokenizer, run_options, save_tiny, train_config
+from tiny import attend_as_ever, make_tiny_tokenizer, run_options, save_tiny, train_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from sparsekv.errors import UserError
@@ -301,8 +300,7 @@ def test_a_model_whose_attention_cannot_be_observed_takes_no_selection_loss(opti
 def test_layers_that_evict_nothing_are_named(options, tmp_path, monkeypatch, caplog):
     def part_of(*args):
         trainer = make_trainer(*args)
-        attention = trainer.base.model.layers[1].self_attn
-        attention.config = copy.deepcopy(attention.config)  # so that it is not told how to attend
+        attend_as_ever(trainer.base.model.layers[1].self_attn)
         return trainer
 
     make_trainer = run._make_trainer

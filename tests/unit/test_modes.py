@@ -5,7 +5,7 @@ import torch
 from tiny import make_tiny
 
 from sparsekv.models import attach_lora
-from sparsekv.training.modes import ADAPTER_SWITCH, switched
+from sparsekv.training.modes import ADAPTER_SWITCH, switched, training_already
 
 
 @pytest.fixture
@@ -44,3 +44,18 @@ def test_adapters_off_is_what_peft_calls_off(model):
         assert torch.equal(model(ids).logits, adapted)
     assert not torch.allclose(base, adapted)
     assert any(weight.requires_grad for weight in model.parameters())
+
+
+def test_a_model_that_trains_is_not_walked_through_again(model):
+    base = model.get_base_model()
+    with training_already(model.eval(), base):
+        assert all(module.training for module in model.train().modules())
+    with training_already(model.train(), base.eval()):  # as an adapter is attached
+        assert all(module.training for module in model.train().modules())
+    part = next(base.children())
+    with training_already(model, base):
+        part.eval()
+        assert model.train() is model
+        assert not part.training
+    assert model.train() is model
+    assert part.training

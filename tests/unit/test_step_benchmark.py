@@ -1,12 +1,12 @@
 """benchmarks/train_step.py: its floor, its comparison with dense masks, and what it says of a row that does not fit."""
 
 import argparse
-import copy
 import importlib
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import attend_as_ever
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -66,8 +66,7 @@ def test_every_layer_attends_as_the_model_is_told_to(sharded, train_step):
 def test_a_step_that_evicts_in_some_layers_only_is_not_measured(train_step, tmp_path, monkeypatch):
     def part_of(*args):
         trainer = make_trainer(*args)
-        attention = trainer.base.model.layers[2].self_attn
-        attention.config = copy.deepcopy(attention.config)
+        attend_as_ever(trainer.base.model.layers[2].self_attn)
         return trainer
 
     make_trainer = train_step.make_trainer
