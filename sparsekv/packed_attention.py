@@ -8,32 +8,23 @@ Shapes: B batch, H query heads, G key/value heads, L tokens, D head dimension, T
 """
 
 import functools
-import inspect
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    from torch.nn.attention import varlen
-except ImportError:  # torch < 2.10
-    PARAMETERS: frozenset[str] = frozenset()
-else:
-    PARAMETERS = frozenset(inspect.signature(varlen.varlen_attn).parameters)
-
-CAUSAL = (-1, 0)  # a window without end to the left; aligned at the last token of each piece
-# Later versions want to be told of key/value heads that several query heads share.
-SHARED_HEADS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in PARAMETERS else {}
+# What `torch.nn.attention.varlen` and nested tensors call. Their wrappers in Python take longer than the kernel, and the
+# former is not in torch 2.7; the gradient of this one is torch's own.
+flash_attention = torch.ops.aten._flash_attention_forward
 
 
 def packs(query: Tensor, dropout: float) -> bool:
     """Whether flash attention can take queries [B, H, L, D] of this kind, on their device."""
     return (
-        {"scale", "window_size"} <= PARAMETERS  # the first version had neither
-        and query.is_cuda
+        query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 256
@@ -64,7 +55,7 @@ def packed_attention(
         index = packed_index_uneven(keeps, cuts, counts, length)
         keys, values = (x.flatten(0, 2).index_select(0, index)[:, None] for x in (key, value))
         queries = query.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 2)  # [B·G·L, H/G, D]
-    out: Any = varlen.varlen_attn(
+    out: Tensor = flash_attention(
         queries,
         keys,
         values,
@@ -72,10 +63,11 @@ def packed_attention(
         pieces.key_starts,
         pieces.most_queries,
         pieces.most_keys,
+        0.0,  # dropout
+        True,  # causal, aligned at the last token of each piece
+        False,  # no debug mask
         scale=scaling,
-        window_size=CAUSAL,
-        **SHARED_HEADS,
-    )
+    )[0]
     if even:
         return out.unflatten(0, (batch, length)).transpose(1, 2)
     return out.unflatten(0, (batch, groups, length)).transpose(2, 3).flatten(1, 2)

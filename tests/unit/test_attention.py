@@ -1,6 +1,7 @@
 """The masks against their definitions in plain loops, and the fast path against the dense reference."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,9 +107,10 @@ def test_fast_path_equals_dense_in_values_and_gradients(data, scaling, dtype, to
         torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
 
 
-def rows_of_different_lengths(query, key, value, query_starts, key_starts, *longest, scale, window_size, **_):
+def rows_of_different_lengths(query, key, value, query_starts, key_starts, *others, scale):
     """What flash attention computes of packed rows, one by one: [tokens, heads, D] each."""
-    assert window_size == (-1, 0)
+    *longest, dropout, causal, debug = others
+    assert (dropout, causal, debug) == (0.0, True, False)
     out, sizes = [], ([], [])
     for queries, keys in zip(*(itertools.pairwise(x.tolist()) for x in (query_starts, key_starts)), strict=True):
         q, k, v = (x[slice(*at)].transpose(0, 1)[None] for x, at in ((query, queries), (key, keys), (value, keys)))
@@ -116,7 +118,7 @@ def rows_of_different_lengths(query, key, value, query_starts, key_starts, *long
         for found, (start, stop) in zip(sizes, (queries, keys), strict=True):
             found.append(stop - start)
     assert all(most >= max(found) for most, found in zip(longest, sizes, strict=True))
-    return torch.cat(out)
+    return (torch.cat(out),)
 
 
 @pytest.mark.parametrize("even", [True, False])
@@ -131,7 +133,7 @@ def test_pieces_packed_for_one_flash_call_equal_dense(data, scaling, even):
     ]
     upstream = torch.randn(tensors[0].shape, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed_attention.varlen, "varlen_attn", rows_of_different_lengths)
+        patch.setattr(packed_attention, "flash_attention", rows_of_different_lengths)
         packed = attention_and_gradients(
             lambda *qkv: packed_attention.packed_attention(*qkv, keeps, cuts, counts, scaling, even), tensors, upstream
         )
@@ -141,15 +143,23 @@ def test_pieces_packed_for_one_flash_call_equal_dense(data, scaling, even):
         torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("parameters", [set(), {"query", "is_causal"}, {"scale", "window_size"}])
-def test_an_older_torch_packs_nothing(parameters, monkeypatch):
-    class OnAGpu:
-        is_cuda, dtype, shape, device = True, torch.bfloat16, (1, 2, 3, 64), "cuda:0"
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(packed_attention, "PARAMETERS", frozenset(parameters))
-    assert packed_attention.packs(OnAGpu, 0.0) == ("scale" in parameters)
-    assert not packed_attention.packs(OnAGpu, 0.1)
+@pytest.mark.parametrize(
+    ("changes", "dropout", "capability"),
+    [
+        ({}, 0.0, (8, 0)),
+        ({"is_cuda": False}, 0.0, (8, 0)),
+        ({"dtype": torch.float32}, 0.0, (8, 0)),
+        ({"shape": (1, 2, 3, 20)}, 0.0, (8, 0)),
+        ({"shape": (1, 2, 3, 264)}, 0.0, (8, 0)),
+        ({}, 0.1, (8, 0)),
+        ({}, 0.0, (7, 5)),
+    ],
+)
+def test_what_flash_attention_cannot_take_is_not_packed(changes, dropout, capability, monkeypatch):
+    query = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (1, 2, 3, 64), "device": "cuda:0"}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    possible = not changes and dropout == 0 and capability == (8, 0)
+    assert packed_attention.packs(SimpleNamespace(**query | changes), dropout) == possible
 
 
 def test_the_fast_path_packs_where_it_can(monkeypatch):
