@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What `torch.nn.attention.varlen` and nested tensors call. Their wrappers in Python take longer than the kernel, and the
-# former is not in torch 2.7; the gradient of this one is torch's own.
+# What torch's own `varlen_attn` and nested tensors call. The wrapper of the former, which torch 2.7 has not, takes the
+# processor longer than most kernels take the GPU; the gradient of this is torch's own, in C++.
 flash_attention = torch.ops.aten._flash_attention_forward
 
 
