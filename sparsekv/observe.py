@@ -82,17 +82,26 @@ def _observed_attention(
         raise ValueError("attention that looks ahead, as an encoder's does, cannot be observed")
     if attention_mask is not None:  # SDPA gets none where attention is plain causal
         raise ValueError("attention with a mask of its own (padding, a sliding window) cannot be observed")
-    if observer is not None:
-        _hand_over(observer, module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
+    if observer is None:
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
+    return _attend_observed(observer, module, query, key, value, scaling, **kwargs)
 
 
-@torch.compiler.disable  # in the graph of a compiled layer, a layer_idx would compile every layer by itself
-def _hand_over(
-    observer: _Observer, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float
-) -> None:
+# In the graph of a compiled layer, a layer_idx would compile every layer by itself. It attends as well, so that nothing
+# is left to do after it: torch 2.11 cannot go on in a function of another file than the layer's.
+@torch.compiler.disable
+def _attend_observed(
+    observer: _Observer,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     layer: Any = module.layer_idx
-    observer.receive(layer, query, key, value, scaling)
+    observer.receive(layer, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
 
 
 def check_observable(model: nn.Module, name: str, length: int) -> None:

@@ -2,8 +2,8 @@
 
 Layers are compiled in place and one by one. Names in the state dict stay as they are, and because every layer runs the
 same code, one compilation serves all of them. A layer without eviction (the teacher, the control) is one graph. Under
-eviction `kv_dropout._attend_evicted` runs as it is, between the graph before it and the graph after it: two graphs where
-torch can go on inside of the attention that it left there (`nested_graph_breaks`), and four before torch 2.13.
+eviction `kv_dropout._attend_evicted` runs as it is, between the graph before it and the graph after it: two graphs if
+torch can go on inside of the attention that it left there (`nested_graph_breaks`), and four before torch 2.11.
 
 Of the loss, what follows the head's matrix product is compiled: softmax, CE and KL of a chunk of tokens, and their
 gradient.
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -49,7 +50,7 @@ def compile_layers(model: PreTrainedModel, backend: str | Callable[..., Any] = "
         raise UserError(f"--compile: {type(model).__name__} has no list of layers to compile")
     _check_compiler(model.device, backend)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-    if torch.torch_version.TorchVersion(torch.__version__) >= (2, 13):  # 2.11 loses names of torch.nn when it goes on
+    if Version(torch.__version__) >= Version("2.11"):  # older ones have it too, untried
         torch._dynamo.config.nested_graph_breaks = True
     for layer in layers:
         layer.compile(backend=backend, dynamic=False)

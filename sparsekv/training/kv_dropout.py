@@ -9,6 +9,7 @@ calls, so gradient checkpointing recomputes exactly what it computed.
 import contextlib
 import functools
 import inspect
+import types
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -97,8 +98,7 @@ class KVDropoutContext:
         stack.callback(handle.remove)
         for module in attention_modules(decoder):
             stack.enter_context(_rotary_visible(module, decoder))
-            handle = module.register_forward_pre_hook(_pass_input_on, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.enter_context(_input_passed_on(module))
 
     @contextlib.contextmanager
     def full_attention(self) -> Iterator[None]:
@@ -266,11 +266,32 @@ def _rotary_visible(module: nn.Module, decoder: nn.Module) -> Iterator[None]:
         object.__delattr__(module, "rotary_emb")
 
 
-def _pass_input_on(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """Hand the input of an evicted layer to its attention function, which alone changes any state."""
-    if kwargs.get("eviction") is None:
-        return None
-    return args, {**kwargs, "layer_input": _layer_input(args, kwargs)}
+@contextlib.contextmanager
+def _input_passed_on(module: nn.Module) -> Iterator[None]:
+    """Inside, an attention layer hands its input to its attention function, where it evicts.
+
+    Not by a hook: torch.compile would leave the layer's graph in torch's own code for hooks, and torch 2.11 does not
+    find its way back from there.
+    """
+    if "forward_alone" in vars(module):  # an outer context did it
+        yield
+        return
+    instead = vars(module).get("forward")  # as accelerate puts one there
+    object.__setattr__(module, "forward_alone", module.forward)
+    object.__setattr__(module, "forward", types.MethodType(_forward_with_input, module))
+    try:
+        yield
+    finally:
+        object.__delattr__(module, "forward_alone")
+        object.__delattr__(module, "forward")
+        if instead is not None:
+            object.__setattr__(module, "forward", instead)
+
+
+def _forward_with_input(module: Any, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("eviction") is not None:
+        kwargs = {**kwargs, "layer_input": _layer_input(args, kwargs)}
+    return module.forward_alone(*args, **kwargs)
 
 
 def _layer_input(args: tuple, kwargs: dict[str, Any]) -> LayerInput:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import warnings
 
 import pytest
@@ -350,16 +351,38 @@ def test_a_failed_layer_is_forgotten(model, selector, ids, monkeypatch):
 @BOTH
 def test_failing_half_way_into_entering_restores_too(context_class, model, selector, monkeypatch):
     before = traces(model)
-    last = model.model.layers[-1].self_attn
+    rotary_visible = kv_dropout._rotary_visible
 
-    def fail(*args, **kwargs):
-        raise RuntimeError("deliberate")
+    def fail(module, decoder):
+        if module is model.model.layers[-1].self_attn:
+            raise RuntimeError("deliberate")
+        return rotary_visible(module, decoder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(last, "register_forward_pre_hook", fail)
+        patch.setattr(kv_dropout, "_rotary_visible", fail)
         with pytest.raises(RuntimeError, match="deliberate"), context_class(model, plan_for("knorm"), selector):
             pass
     assert traces(model) == before
+
+
+@BOTH
+def test_a_forward_of_accelerate_stays_in_its_place(context_class, model, selector, ids):
+    """accelerate puts a forward of its own into modules that it moves to their device."""
+    wanted = logits(model, ids, context_class(model, plan_for("tova"), selector))
+    called = []
+
+    def moving(forward, *args, **kwargs):
+        called.append(forward)
+        return forward(*args, **kwargs)
+
+    modules = [layer.self_attn for layer in model.model.layers]
+    for module in modules:
+        module.forward = functools.partial(moving, module.forward)
+    before = [module.forward for module in modules]
+    with context_class(model, plan_for("knorm"), selector):  # and a context inside of another
+        assert torch.equal(logits(model, ids, context_class(model, plan_for("tova"), selector)), wanted)
+    assert len(called) == len(modules)
+    assert [module.forward for module in modules] == before
 
 
 @BOTH
