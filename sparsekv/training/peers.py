@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import psutil
 import torch
 
 from sparsekv.errors import LostProcessError
@@ -21,10 +22,11 @@ STUCK = 20.0  # seconds; torchrun and accelerate launch end their processes by f
 def others_alive(asked: Callable[[], bool]) -> Iterator[None]:
     """Inside, what cannot be exchanged with another process any more becomes one line.
 
-    gloo says at once that a process is gone. NCCL waits: then the launcher's SIGTERM comes, which no handler in Python
-    sees while the main thread waits inside NCCL, and a thread says the line and ends the process. In training that
-    goes on, however slow, the handler runs within moments. Without a launcher nobody would force an end, so nobody has
-    to be faster, and whoever saves a large checkpoint is left alone.
+    gloo says at once that a process is gone. NCCL waits: then the launcher's SIGTERM comes, and some time after it a
+    thread says the line and ends the process, if the main thread still waits inside NCCL, where no handler in Python
+    runs, or if another process of this launcher has ended: NCCL's work is queued, so that the main thread may well hear
+    the signal, and wait only then, for ever. Whoever saves a large checkpoint beside others that live is left alone.
+    Without a launcher nobody would force an end, so nobody has to be faster.
 
     Parameters
     ----------
@@ -55,7 +57,7 @@ def _ended_if_stuck(asked: Callable[[], bool]) -> Iterator[None]:
         while number := reader.recv(1):  # nothing once the writer is closed
             if number[0] == signal.SIGTERM:
                 time.sleep(STUCK)
-                if not asked():
+                if not asked() or _another_ended():
                     print(f"\nsparsekv: {LOST}", file=sys.stderr, flush=True)
                     os._exit(1)
 
@@ -68,3 +70,21 @@ def _ended_if_stuck(asked: Callable[[], bool]) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(previous)
         writer.close()
+
+
+def _another_ended() -> bool:
+    """Whether not all processes are left that this one's launcher has started on this machine."""
+    try:
+        launched = psutil.Process(os.getppid()).children()
+    except psutil.Error:  # the launcher has ended, too
+        return True
+    return sum(map(_works, launched)) < int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+def _works(process: psutil.Process) -> bool:
+    try:
+        return "LOCAL_RANK" in process.environ()  # of a process that has ended, and nobody asked how, it is empty
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True

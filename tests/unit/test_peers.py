@@ -3,6 +3,8 @@
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -32,9 +34,39 @@ def test_other_errors_stay_what_they_are():
         raise RuntimeError("out of memory")
 
 
-@pytest.mark.parametrize("stuck", [True, False])
-def test_one_that_waits_inside_nccl_ends_when_the_launcher_asks(stuck, monkeypatch, capfd):
+@pytest.fixture
+def launched(monkeypatch):
+    """Two processes, as if this one were their launcher and its own."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    processes = [subprocess.Popen(command, env={**os.environ, "LOCAL_RANK": rank}) for rank in "01"]
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+@pytest.mark.parametrize("killed", [True, False])
+def test_one_that_hears_the_signal_ends_where_another_has_ended(killed, reaped, launched, monkeypatch, capfd):
+    """As with NCCL, whose work is queued: the main thread is free, and what it waits for later never comes."""
+    monkeypatch.setattr(peers, "STUCK", 0.3)
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    if killed:
+        launched[1].kill()
+        os.waitid(os.P_PID, launched[1].pid, os.WEXITED | (0 if reaped else os.WNOWAIT))
+    with StopSignal() as stop, others_alive(lambda: stop.number is not None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.6)
+    assert ended == [1] * killed
+    assert capfd.readouterr().err.count("sparsekv: another process") == killed
+
+
+@pytest.mark.parametrize("stuck", [True, False])
+def test_one_that_waits_inside_nccl_ends_when_the_launcher_asks(stuck, launched, monkeypatch, capfd):
     monkeypatch.setattr(peers, "STUCK", 0.3)
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
