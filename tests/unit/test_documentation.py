@@ -69,6 +69,7 @@ LAYERS = [  # a file imports from lower layers, from its own, and never from a h
         "cuda_graph",
         "kernels",
         "packed_attention",
+        "attention_interface",
         "recall",
         "recall_few",
         "recall_many",
