@@ -1,8 +1,11 @@
 import dataclasses
 import math
+import shlex
+from pathlib import Path
 
 import pytest
 
+from sparsekv.cli import parse
 from sparsekv.errors import UserError
 from sparsekv.training.anchor import AnchorConfig
 from sparsekv.training.config import EITConfig, TrainConfig, default_rules
@@ -10,6 +13,8 @@ from sparsekv.training.plan import PlanSampler
 from sparsekv.training.scheduler import CurriculumScheduler
 
 RUN = {"model": "m", "output_dir": "o"}
+CONFIGS = Path(__file__).parents[2] / "configs"
+ABLATIONS = [shlex.split(line) for line in (CONFIGS / "ablations.txt").read_text(encoding="utf-8").splitlines()]
 
 
 def test_the_schema_is_whole():
@@ -113,3 +118,11 @@ def test_what_the_options_make():
     assert isinstance(schedule, CurriculumScheduler)
     assert schedule.total_steps == 100
     assert (schedule.initial_keep_ratio, schedule.min_keep_ratio) == (0.9, 0.3)
+
+
+@pytest.mark.parametrize(("name", "options"), [(name, options) for name, *options in ABLATIONS])
+def test_every_ablation_can_be_trained_and_differs_from_the_recipe(name, options):
+    words = ["train", "--config", str(CONFIGS / "smollm2_135m.yaml"), "--output_dir", f"out/{name}"]
+    (_, recipe), (_, values) = (parse([*words, *further]) for further in ([], options))
+    TrainConfig(**values)
+    assert (values == recipe) == (name == "reference")

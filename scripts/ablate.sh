@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Ablations of the recipe for smollm2-135m: train, evaluate, compare. Without names all of configs/ablations.txt.
+#
+#   scripts/ablate.sh [NAME ...]        # AT_ONCE=4 of them at a time, on one GPU
+#
+# Each is a short run of configs/smollm2_135m.yaml, with what differs in its line. `control` is trained with any of them, and
+# the same rows are asked of the base. Needs out/debian_text.jsonl and out/held.jsonl (results/headline/README.md). What
+# is done is kept: the same command goes on. Logs lie in out/ablations/log.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+steps=140
+runs=configs/ablations.txt
+presses=snapkv,streaming_llm,critical_snapkv,kvzip,knorm,keydiff,expected_attention,random,anchor
+ratios=0.3,0.5,0.7
+
+evaluate() { # NAME [option ...]
+    local name=$1
+    shift
+    local common=(--model smollm2-135m "$@" --context_length 1024 --num_samples 32 --presses "$presses"
+        --ratios "$ratios" --dtype bfloat16 --memory_budget_gib 5 --view_tokens 0 --out "out/ablations/eval/$name")
+    sparsekv eval "${common[@]}" --benchmark perplexity --data_dir out/held.jsonl &&
+        sparsekv eval "${common[@]}" --benchmark ruler-local --tasks niah_single_2,niah_multikey_1 --max_new_tokens 16
+}
+
+train() { # NAME [option ...]
+    local name=$1
+    shift
+    sparsekv train --config configs/smollm2_135m.yaml --data '{out/debian_text.jsonl: 0.5, recall: 0.5}' --eval_steps 0 \
+        --max_steps "$steps" --num_train_samples $((16 * steps)) --resume true --output_dir "out/ablations/$name" "$@"
+}
+
+one() { # NAME [option ...]
+    local log=out/ablations/log/$1.log
+    if [[ $1 == base ]]; then
+        evaluate base
+    else
+        train "$@" && evaluate "$1" --adapter "out/ablations/$1/final"
+    fi > "$log" 2>&1 || {
+        echo "scripts/ablate.sh: $1 failed: $log" >&2
+        return 1
+    }
+}
+
+chosen() { # [NAME ...]
+    echo base
+    for name in control "${@:-$(cut -d' ' -f1 "$runs")}"; do
+        for word in $name; do
+            grep -E "^$word( |\$)" "$runs" || {
+                echo "scripts/ablate.sh $word: is not in $runs" >&2
+                exit 2
+            }
+        done
+    done | awk '!known[$0]++'
+}
+
+list=$(chosen "$@")
+mkdir -p out/ablations/log
+export -f one train evaluate
+export steps presses ratios
+# shellcheck disable=SC2016  # for the shell that xargs starts
+xargs -P "${AT_ONCE:-4}" -L 1 bash -c 'one "$@"' _ <<< "$list" || exit 1
+while read -r name _; do
+    [[ $name != base && $name != control ]] || continue
+    sparsekv compare out/ablations/eval/{base,control,"$name"} --output "results/ablations/$name"
+    mkdir -p "results/ablations/$name/training/$name"
+    cp "out/ablations/$name"/{eit_config.json,metrics.jsonl} "results/ablations/$name/training/$name"
+done <<< "$list"
