@@ -4,11 +4,13 @@
 #   scripts/ablate.sh [NAME ...]        # AT_ONCE=4 of them at a time, on one GPU
 #
 # Each is a short run of configs/smollm2_135m.yaml, with what differs in its line. `control` is trained with any of them, and
-# the same rows are asked of the base. Needs out/debian_text.jsonl and out/held.jsonl (results/headline/README.md). What
-# is done is kept: the same command goes on. Logs lie in out/ablations/log.
+# the same rows are asked of the base. Needs out/debian_text.jsonl and out/held.jsonl (results/headline/README.md). The
+# same command once more goes on with what is not done, and compares what is. Logs lie in out/ablations/log.
+# shellcheck disable=SC2329  # functions are for the shells that xargs starts
 set -euo pipefail
 cd "$(dirname "$0")/.."
 steps=140
+failed=0
 runs=configs/ablations.txt
 presses=snapkv,streaming_llm,critical_snapkv,kvzip,knorm,keydiff,expected_attention,random,anchor
 ratios=0.3,0.5,0.7
@@ -26,7 +28,7 @@ train() { # NAME [option ...]
     local name=$1
     shift
     sparsekv train --config configs/smollm2_135m.yaml --data '{out/debian_text.jsonl: 0.5, recall: 0.5}' --eval_steps 0 \
-        --max_steps "$steps" --num_train_samples $((16 * steps)) --resume true --output_dir "out/ablations/$name" "$@"
+        --save_steps 35 --max_steps "$steps" --num_train_samples $((16 * steps)) --resume true --output_dir "out/ablations/$name" "$@"
 }
 
 one() { # NAME [option ...]
@@ -35,10 +37,9 @@ one() { # NAME [option ...]
         evaluate base
     else
         train "$@" && evaluate "$1" --adapter "out/ablations/$1/final"
-    fi > "$log" 2>&1 || {
-        echo "scripts/ablate.sh: $1 failed: $log" >&2
-        return 1
-    }
+    fi > "$log" 2>&1 && touch "${log%.log}.done" && return
+    echo "scripts/ablate.sh: $1 failed: $log" >&2
+    return 1
 }
 
 chosen() { # [NAME ...]
@@ -58,10 +59,14 @@ mkdir -p out/ablations/log
 export -f one train evaluate
 export steps presses ratios
 # shellcheck disable=SC2016  # for the shell that xargs starts
-xargs -P "${AT_ONCE:-4}" -L 1 bash -c 'one "$@"' _ <<< "$list" || exit 1
+xargs -P "${AT_ONCE:-4}" -L 1 bash -c 'one "$@"' _ <<< "$list" || failed=1
+done_with() { [[ -e out/ablations/log/$1.done ]]; }
 while read -r name _; do
-    [[ $name != base && $name != control ]] || continue
+    if [[ $name == base || $name == control ]] || ! { done_with base && done_with control && done_with "$name"; }; then
+        continue
+    fi
     sparsekv compare out/ablations/eval/{base,control,"$name"} --output "results/ablations/$name"
     mkdir -p "results/ablations/$name/training/$name"
     cp "out/ablations/$name"/{eit_config.json,metrics.jsonl} "results/ablations/$name/training/$name"
 done <<< "$list"
+exit "$failed"

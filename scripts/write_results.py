@@ -22,7 +22,7 @@ COMMANDS = {  # experiment → what makes its compare.csv
     "headline": f"sparsekv compare out/eval/base {SEEDS.format('out/eval/control')} {SEEDS.format('out/eval/trained')} "
     "--output results/headline",
     "beyond": "sparsekv compare out/WHAT/base out/WHAT/control-0 out/WHAT/trained-0 --output results/beyond/WHAT",
-    "ablations": "sparsekv compare out/eval/base out/eval/control-0 out/eval/RUN --output results/ablations/RUN",
+    "ablations": "scripts/ablate.sh",
 }
 # Of a training, beside its data and size.
 OPTIONS = ("lambda_kl", "lambda_context", "lambda_selection", "lr", "lora_r", "num_cuts")

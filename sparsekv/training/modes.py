@@ -33,7 +33,7 @@ def training_already(model: nn.Module, base: nn.Module) -> Iterator[None]:
     if not (model.training and base.training):
         yield
         return
-    object.__setattr__(model, "train", lambda: model)
+    object.__setattr__(model, "train", lambda mode=True: model if mode else type(model).train(model, False))
     try:
         yield
     finally:

@@ -6,7 +6,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import psutil
@@ -53,11 +52,20 @@ def _ended_if_stuck(asked: Callable[[], bool]) -> Iterator[None]:
         yield
         return
 
+    launcher, left = os.getppid(), threading.Event()
+    beside = _workers(launcher)
+
+    def another_ended() -> bool:
+        """Whether one of the processes that the launcher has started here is no more, or the launcher itself."""
+        known = beside == int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # no other program stands between
+        return known and (os.getppid() != launcher or _workers(launcher) < beside)
+
     def watch() -> None:
         while number := reader.recv(1):  # nothing once the writer is closed
             if number[0] == signal.SIGTERM:
-                time.sleep(STUCK)
-                if not asked() or _another_ended():
+                if left.wait(STUCK):
+                    return
+                if not asked() or another_ended():
                     print(f"\nsparsekv: {LOST}", file=sys.stderr, flush=True)
                     os._exit(1)
 
@@ -68,17 +76,17 @@ def _ended_if_stuck(asked: Callable[[], bool]) -> Iterator[None]:
     try:
         yield
     finally:
+        left.set()
         signal.set_wakeup_fd(previous)
         writer.close()
 
 
-def _another_ended() -> bool:
-    """Whether not all processes are left that this one's launcher has started on this machine."""
+def _workers(launcher: int) -> int:
+    """How many processes of a launcher work on this machine."""
     try:
-        launched = psutil.Process(os.getppid()).children()
-    except psutil.Error:  # the launcher has ended, too
-        return True
-    return sum(map(_works, launched)) < int(os.environ["LOCAL_WORLD_SIZE"])
+        return sum(map(_works, psutil.Process(launcher).children()))
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def _works(process: psutil.Process) -> bool:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny import make_tiny
+from transformers import AutoModelForCausalLM, FalconConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparsekv.attention_interface import attending_by
@@ -37,6 +38,46 @@ def test_layers_get_the_masks_of_sdpa(name: str) -> None:
     assert run(name, attention_mask=torch.ones_like(IDS)) == [False, False]
     assert run(name, attention_mask=PADDED) == [True, True]
     assert run(name, position_ids=PACKED) == [True, True]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_mask_by_position_and_a_cache_count_as_well(name: str) -> None:
+    def hidden(decoder) -> list[torch.Tensor]:
+        masked = decoder(IDS, PADDED, use_cache=False).last_hidden_state
+        first = decoder(IDS[:, :7], use_cache=True)
+        rest = decoder(IDS[:, 7:], past_key_values=first.past_key_values).last_hidden_state
+        return [masked, first.last_hidden_state, rest]
+
+    model = make_tiny(name)
+    with torch.no_grad():
+        wanted = hidden(model.model)
+        with attending_by(model, NAME, sdpa_attention_forward):
+            found = hidden(model.model)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+
+
+def test_a_model_that_attends_by_itself_is_left_as_it_is() -> None:
+    config = FalconConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, alibi=False)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        with attending_by(model, NAME, sdpa_attention_forward):
+            assert torch.equal(model(IDS).logits, wanted)
+
+
+def test_masks_that_are_made_outside_of_the_decoder_are_made() -> None:
+    """As `generate` makes them for a static cache, before the decoder runs."""
+    model = make_tiny("llama")
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
+    options |= {"attention_mask": PADDED, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        wanted = model.generate(IDS, **options)
+        with attending_by(model, NAME, sdpa_attention_forward):
+            model(IDS, use_cache=False)
+            assert model.config._attn_implementation == NAME
+            found = model.generate(IDS, **options)
+    for ours, theirs in zip(found.logits, wanted.logits, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_window_shorter_than_the_row_is_a_mask() -> None:

@@ -57,5 +57,7 @@ def test_a_model_that_trains_is_not_walked_through_again(model):
         part.eval()
         assert model.train() is model
         assert not part.training
+        assert not model.eval().training
+        model.training = True
     assert model.train() is model
     assert part.training

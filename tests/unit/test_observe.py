@@ -4,7 +4,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BertConfig, FalconConfig, Gemma2Config, GptOssConfig, Lfm2Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    FalconConfig,
+    Gemma2Config,
+    GptOssConfig,
+    Lfm2Config,
+    ModernBertDecoderConfig,
+)
 
 from sparsekv import observe
 from sparsekv.errors import UserError
@@ -164,6 +172,7 @@ SMALL = {**SHAPE, "layer_types": ["full_attention"] * 2}
         (GptOssConfig(**SMALL, num_local_experts=2), "not SDPA"),
         (Lfm2Config(**{**SHAPE, "layer_types": ["conv", "full_attention"]}), "layers without attention.*: 0$"),
         (FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2), "attention interface"),
+        (ModernBertDecoderConfig(**SHAPE), ""),
     ],
 )
 def test_models_that_cannot_be_captured_are_one_line(config, reason: str) -> None:

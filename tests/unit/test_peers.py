@@ -48,6 +48,37 @@ def launched(monkeypatch):
         process.wait()
 
 
+def kill(process, reaped=True):
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | (0 if reaped else os.WNOWAIT))
+
+
+def test_one_that_has_stopped_in_order_is_left_alone(launched, monkeypatch, capfd):
+    """Though the others end, as they should: it may have to write something."""
+    monkeypatch.setattr(peers, "STUCK", 0.3)
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with StopSignal() as stop, others_alive(lambda: stop.number is not None):
+        os.kill(os.getpid(), signal.SIGTERM)
+    kill(launched[1])
+    time.sleep(0.6)
+    assert not ended
+    assert "another process" not in capfd.readouterr().err
+
+
+def test_other_children_of_the_parent_are_no_neighbours(launched, monkeypatch):
+    """A program between the launcher and its process has one child, however many processes there are."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(peers, "STUCK", 0.3)
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with StopSignal() as stop, others_alive(lambda: stop.number is not None):
+        kill(launched[1])
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.6)
+    assert not ended
+
+
 @pytest.mark.parametrize("reaped", [True, False])
 @pytest.mark.parametrize("killed", [True, False])
 def test_one_that_hears_the_signal_ends_where_another_has_ended(killed, reaped, launched, monkeypatch, capfd):
@@ -55,10 +86,9 @@ def test_one_that_hears_the_signal_ends_where_another_has_ended(killed, reaped, 
     monkeypatch.setattr(peers, "STUCK", 0.3)
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    if killed:
-        launched[1].kill()
-        os.waitid(os.P_PID, launched[1].pid, os.WEXITED | (0 if reaped else os.WNOWAIT))
     with StopSignal() as stop, others_alive(lambda: stop.number is not None):
+        if killed:
+            kill(launched[1], reaped)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.6)
     assert ended == [1] * killed
