@@ -44,13 +44,15 @@ one() { # NAME [option ...]
 
 chosen() { # [NAME ...]
     echo base
-    for name in control "${@:-$(cut -d' ' -f1 "$runs")}"; do
-        for word in $name; do
-            grep -E "^$word( |\$)" "$runs" || {
-                echo "scripts/ablate.sh $word: is not in $runs" >&2
-                exit 2
-            }
-        done
+    if (($# == 0)); then
+        cat "$runs"
+        return
+    fi
+    for name in control "$@"; do
+        awk -v name="$name" '$1 == name { print; known = 1 } END { exit !known }' "$runs" || {
+            echo "scripts/ablate.sh $name: is not in $runs" >&2
+            exit 2
+        }
     done | awk '!known[$0]++'
 }
 

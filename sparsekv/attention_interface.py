@@ -34,14 +34,14 @@ def attending_by(model: nn.Module, name: str, function: Callable[..., Any]) -> I
     base: Any = model
     decoder = base.get_decoder()
     configs = _configs(base, decoder)
-    no_other_use = getattr(base, "_supports_attention_backend", False)  # others may add to a mask, as ALiBi
+    may_lack_mask = getattr(base, "_supports_attention_backend", False)  # others may add to a mask, as ALiBi
 
     def tell(chosen: str) -> None:
         for config in configs:
             config._attn_implementation = chosen
 
     def before(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        tell(unmasked if no_other_use and _plain_causal(decoder, args, kwargs) else name)
+        tell(unmasked if may_lack_mask and _plain_causal(decoder, args, kwargs) else name)
 
     def after(*_: Any) -> None:
         if not torch.is_grad_enabled():  # otherwise layers may come again, and compiled ones know the name

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -50,7 +49,7 @@ def compile_layers(model: PreTrainedModel, backend: str | Callable[..., Any] = "
         raise UserError(f"--compile: {type(model).__name__} has no list of layers to compile")
     _check_compiler(model.device, backend)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-    if Version(torch.__version__) >= Version("2.11"):  # older ones have it too, untried
+    if torch.__version__ >= "2.11":  # by number, not by letter; older ones have it too, untried
         torch._dynamo.config.nested_graph_breaks = True
     for layer in layers:
         layer.compile(backend=backend, dynamic=False)

@@ -17,6 +17,7 @@ from sparsekv.training.anchor import AnchorConfig
 from sparsekv.training.compiled import compile_layers, compile_logit_sums
 from sparsekv.training.config import EITConfig
 from sparsekv.training.eit_trainer import EITTrainer
+from sparsekv.training.kv_dropout import KVDropoutContext
 from sparsekv.training.loss import distillation_loss
 
 LENGTH, ROWS = 96, 4
@@ -175,6 +176,27 @@ def test_attention_without_eviction_is_part_of_its_layers_graph(trainer_of, monk
     trainer = trainer_of("qwen3", layers=4, control=True)
     monkeypatch.setattr(trainer, "evaluate", lambda: None)
     assert compilations(trainer) == [4] * 4  # the teacher, the student's first layer and its others, the loss
+
+
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="older ones leave the graph of a call, not of a layer")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_an_evicted_layer_is_two_graphs(family, trainer_of):
+    trainer, called = trainer_of(family, layers=3), []
+
+    def backend(graph, inputs):
+        def run(*args):
+            called.append(graph)
+            return graph.forward(*args)
+
+        return run
+
+    compile_layers(trainer.base, backend)
+    ids = torch.tensor(trainer.train_dataset[:ROWS]["input_ids"])
+    with torch.no_grad(), KVDropoutContext(trainer.base, trainer.current_plan(LENGTH), trainer.selector) as eviction:
+        called.clear()  # of the machine's own trial
+        trainer.base.get_decoder()(input_ids=ids)
+    assert len(eviction.last.keeps) == 3
+    assert len(called) == 2 * 3
 
 
 # ---- runs ----

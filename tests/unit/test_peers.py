@@ -66,6 +66,17 @@ def test_one_that_has_stopped_in_order_is_left_alone(launched, monkeypatch, capf
     assert "another process" not in capfd.readouterr().err
 
 
+def test_one_whose_launcher_has_ended_says_so_too(launched, monkeypatch):
+    monkeypatch.setattr(peers, "STUCK", 0.3)
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with StopSignal() as stop, others_alive(lambda: stop.number is not None):
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.6)
+    assert ended == [1]
+
+
 def test_other_children_of_the_parent_are_no_neighbours(launched, monkeypatch):
     """A program between the launcher and its process has one child, however many processes there are."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
