@@ -9,7 +9,7 @@
 # shellcheck disable=SC2329  # functions are for the shells that xargs starts
 set -euo pipefail
 cd "$(dirname "$0")/.."
-steps=140
+steps=100
 failed=0
 runs=configs/ablations.txt
 presses=snapkv,streaming_llm,critical_snapkv,kvzip,knorm,keydiff,expected_attention,random,anchor
@@ -18,17 +18,17 @@ ratios=0.3,0.5,0.7
 evaluate() { # NAME [option ...]
     local name=$1
     shift
-    local common=(--model smollm2-135m "$@" --context_length 1024 --num_samples 32 --presses "$presses"
+    local common=(--model smollm2-135m "$@" --context_length 1024 --num_samples 100 --presses "$presses"
         --ratios "$ratios" --dtype bfloat16 --memory_budget_gib 5 --view_tokens 0 --out "out/ablations/eval/$name")
     sparsekv eval "${common[@]}" --benchmark perplexity --data_dir out/held.jsonl &&
-        sparsekv eval "${common[@]}" --benchmark ruler-local --tasks niah_single_2,niah_multikey_1 --max_new_tokens 16
+        sparsekv eval "${common[@]}" --benchmark ruler-local --tasks niah_single_2 --max_new_tokens 16
 }
 
 train() { # NAME [option ...]
     local name=$1
     shift
     sparsekv train --config configs/smollm2_135m.yaml --data '{out/debian_text.jsonl: 0.5, recall: 0.5}' --eval_steps 0 \
-        --save_steps 35 --max_steps "$steps" --num_train_samples $((16 * steps)) --resume true --output_dir "out/ablations/$name" "$@"
+        --save_steps 50 --max_steps "$steps" --num_train_samples $((16 * steps)) --resume true --output_dir "out/ablations/$name" "$@"
 }
 
 one() { # NAME [option ...]
