@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from step_costs import peak_rate
 
+from sparsekv.training.flash_kernels import newest
 from sparsekv.version import commit
 
 DENSE = "dense masks, full logits"
@@ -40,7 +41,7 @@ def tables(options: argparse.Namespace, rows: list[Row], rate: float) -> str:
     text = (
         f"{options.shape}, {'bfloat16' if on_gpu else 'float32'}, {divided(options)}{batches} of "
         f"{options.batch_size} a step, {'with' if options.checkpointing else 'without'} checkpointing, {where}, torch "
-        f"{torch.__version__}; mean of {options.steps} steps; cuts: {options.num_cuts}; "
+        f"{torch.__version__}{newest()}; mean of {options.steps} steps; cuts: {options.num_cuts}; "
         f"floor at {rate / 1e12:.3g} TFLOP/s: {', '.join(floors.values())}; commit {commit() or 'unknown'}.\n\n"
     )
     text += table(whole, [totals(options, row, rows, rate) for row in rows])

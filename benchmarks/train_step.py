@@ -47,6 +47,7 @@ from sparsekv.training.compiled import compile_layers, compile_logit_sums
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.eviction import ForwardEviction
+from sparsekv.training.flash_kernels import attention_shape, use_newest
 from sparsekv.training.run import training_arguments
 
 CHECKED = 1024  # tokens: dense masks of longer rows do not fit beside float32 weights
@@ -217,6 +218,7 @@ def make_trainer(options: argparse.Namespace, row: Row, folder: str) -> EITTrain
     trainer.current_plan = lambda length: trainer.sampler.draw(
         trainer.state.global_step % options.steps, length, config.min_keep_ratio
     )
+    use_newest(*attention_shape(trainer.base))
     if row.compiled:
         compile_layers(trainer.base)
         trainer.logit_sums = compile_logit_sums()

@@ -23,6 +23,7 @@ from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, Stop
 from sparsekv.training.compiled import compile_layers, compile_logit_sums
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import EITTrainer
+from sparsekv.training.flash_kernels import attention_shape, use_newest
 from sparsekv.training.kv_dropout import KVDropoutContext
 from sparsekv.training.output import (
     check_same_data,
@@ -80,6 +81,7 @@ def train(config: TrainConfig) -> Path | None:
     with removed_if_unused(out):
         trainer = _make_trainer(model, teacher, tokenizer, config, args, rows)
         check_same_division(checkpoint, trainer.is_fsdp_enabled)
+        use_newest(*attention_shape(trainer.base))
         _check_architecture(trainer, config, rows[0])
         if config.compile:
             _compile(trainer, teacher)

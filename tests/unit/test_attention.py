@@ -20,6 +20,7 @@ from sparsekv.attention import (
     two_region_attention,
     two_region_mask,
 )
+from tests.flash import rows_of_different_lengths
 
 
 def random_keep(batch, heads, cut, count, generator):
@@ -105,20 +106,6 @@ def test_fast_path_equals_dense_in_values_and_gradients(data, scaling, dtype, to
     dense = attention_and_gradients(lambda q, k, v: dense_attention(q, k, v, mask, scaling), tensors, upstream)
     for got, wanted in zip(fast, dense, strict=True):
         torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
-
-
-def rows_of_different_lengths(query, key, value, query_starts, key_starts, *others, scale):
-    """What flash attention computes of packed rows, one by one: [tokens, heads, D] each."""
-    *longest, dropout, causal, debug = others
-    assert (dropout, causal, debug) == (0.0, True, False)
-    out, sizes = [], ([], [])
-    for queries, keys in zip(*(itertools.pairwise(x.tolist()) for x in (query_starts, key_starts)), strict=True):
-        q, k, v = (x[slice(*at)].transpose(0, 1)[None] for x, at in ((query, queries), (key, keys), (value, keys)))
-        out.append(causal_attention(q, k, v, scale, 0.0)[0].transpose(0, 1))
-        for found, (start, stop) in zip(sizes, (queries, keys), strict=True):
-            found.append(stop - start)
-    assert all(most >= max(found) for most, found in zip(longest, sizes, strict=True))
-    return (torch.cat(out),)
 
 
 @pytest.mark.parametrize("even", [True, False])
