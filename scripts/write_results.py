@@ -198,14 +198,14 @@ def training(folder: Path, results: Path) -> list[str]:
 
 
 def ablations_block(runs: Mapping[str, pd.DataFrame]) -> str:
-    """One row a run: means over its evicted cells; base and each control once."""
-    rows: dict[tuple[str, str], list[str]] = {}
+    """One row a run: means over its evicted cells, then its needles by press and by share evicted."""
+    found: dict[tuple[str, str], pd.DataFrame] = {}
     for name, table in runs.items():
         for role in ROLES:
             mine = table[table.run == role]
             label = name if role == "trained" else f"{role} {mine.iloc[0].adapter}".strip()
-            rows.setdefault((role, label), [label, *means(mine)])
-    lines = [line for _, line in sorted(rows.items(), key=lambda item: ROLES.index(item[0][0]))]
+            found.setdefault((role, label), mine[(mine.reason == "") & (mine.task == ALL_TASKS)])
+    rows = {label: found[role, label] for role, label in sorted(found, key=lambda key: ROLES.index(key[0]))}
     first = next(iter(runs.values()))
     header = ["run", "full nll", "evicted nll", "KL", "full needles", "evicted needles", "retention", "cells"]
     evicted = first[(first.press != NO_PRESS) & (first.task == ALL_TASKS) & (first.run == "trained")]
@@ -214,17 +214,36 @@ def ablations_block(runs: Mapping[str, pd.DataFrame]) -> str:
     )
     about = f"{cells} Needles: percent, and retention of it; nll and KL: nats a token. One training seed a run."
     notes = "Cells: ▲ better, ▼ worse, = no different from the run's control. Intervals: compare.md of each run."
-    return "\n\n".join([about, tables.markdown_table(header, lines), notes])
+    table = tables.markdown_table(header, [[label, *means(mine)] for label, mine in rows.items()])
+    return "\n\n".join([about, table, notes, "Needles by press, and by share evicted, in percent:", transfer(rows)])
+
+
+def transfer(runs: Mapping[str, pd.DataFrame]) -> str:
+    """Trained on one press, measured under another: means over ratios; beside them means over presses."""
+    needles = {name: table[(table.press != NO_PRESS) & of_needles(table)] for name, table in runs.items()}
+    cells = pd.concat(list(needles.values()))
+    presses, ratios = sorted(cells.press.unique()), sorted(cells.compression_ratio.unique())
+
+    def line(table: pd.DataFrame) -> list[str]:
+        chosen = [table[table.press == press] for press in presses]
+        chosen += [table[table.compression_ratio == ratio] for ratio in ratios]
+        return [tables.figure_text({"mean": rows.score.mean()}, "mean", "{:.0f}") for rows in chosen]
+
+    header = ["run", *presses, *(f"{ratio:.0%}" for ratio in ratios)]
+    return tables.markdown_table(header, [[name, *line(table)] for name, table in needles.items()])
+
+
+def of_needles(table: pd.DataFrame) -> pd.Series:
+    """Bool a row: whether it is a score that counts, and no text."""
+    return table.headline.astype(bool) & ~table.lower_is_better.astype(bool)
 
 
 def means(table: pd.DataFrame) -> list[str]:
     """nll with the full cache and evicted, KL, needles in the same way, their retention, and verdicts."""
-    table = table[(table.reason == "") & (table.task == ALL_TASKS)]
     evicted, full = table[table.press != NO_PRESS], table[table.press == NO_PRESS]
 
     def mean(rows: pd.DataFrame, metric: str, form: str, column: str = "score") -> str:
-        needles = rows.headline.astype(bool) & ~rows.lower_is_better.astype(bool)
-        chosen = rows[needles if metric == "needles" else rows.metric == metric]
+        chosen = rows[of_needles(rows) if metric == "needles" else rows.metric == metric]
         return tables.figure_text({column: chosen[column].mean()}, column, form)
 
     return [

@@ -135,12 +135,17 @@ def test_ablations(tmp_path: Path, document: Path) -> None:
     for name, evicted in (("low", 45), ("high", 60)):
         comparison(evicted).write(tmp_path / "results" / "ablations" / name)
     main(tmp_path / "results", document)
-    found = rows(block(document, "ablations"))
+    text, transfer = block(document, "ablations").split("Needles by press")
+    found = rows(text)
     assert list(found)[2:] == ["base", "control out/control/final", "high", "low"]
     assert found["high"] == ["1.910", "2.100", "0.125", "90.0", "50.0", "55.6%", "▲ 2 ▼ 0 = 1"]
     assert found["low"][4:6] == ["42.5", "47.2%"]
     assert found["base"] == ["2.000", "2.500", "0.300", "80.0", "30.0", "37.5%", "–"]
-    assert "Means over 3 evicted cells of tiny;" in block(document, "ablations")
+    assert "Means over 3 evicted cells of tiny;" in text
+    by_press = rows(transfer)
+    assert by_press["run"] == ["anchor", "snapkv", "50%", "70%"]
+    assert by_press["base"] == ["40", "20", "40", "20"]
+    assert by_press["high"] == ["40", "60", "40", "60"]
 
 
 def test_the_same_twice_and_a_block_that_is_missing(tmp_path: Path, document: Path) -> None:
