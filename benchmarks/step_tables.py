@@ -21,6 +21,7 @@ class Row:
     name: str
     length: int
     compiled: bool
+    float8: bool = False
     seconds: float | str = ""  # a micro-batch, or why there is none
     flops: float = 0.0  # of the floor
     first: float = 0.0  # seconds of the first step, compilation included
@@ -123,7 +124,7 @@ def records(options: argparse.Namespace, rows: list[Row]) -> list[dict[str, Any]
 
 
 def title(row: Row) -> list[str]:
-    return [f"{row.name}, compiled" if row.compiled else row.name, f"{row.length:,}"]
+    return [row.name + ", compiled" * row.compiled + ", float8" * row.float8, f"{row.length:,}"]
 
 
 def table(columns: tuple[str, ...], cells: list[list[str]]) -> str:

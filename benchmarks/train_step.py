@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                                                 # a CPU: smollm2-135m, a short row
     python benchmarks/train_step.py --shape qwen3-8b --compile --baseline --check   # a GPU: an 8B's shape, bfloat16
     python benchmarks/train_step.py --shape qwen3-8b --lengths 32768 --checkpointing --block "train_step cuda long"
+    python benchmarks/train_step.py --shape qwen3-8b --compile --float8 --check     # frozen weights in float8
     … --doc docs/performance.md                                                     # write the figures there
     accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 2 benchmarks/train_step.py --shape …
 
@@ -35,7 +36,7 @@ from datasets import Dataset
 from dense_reference import DenseTrainer, dense_attention, dense_loss
 from shapes import SHAPES, make_model, make_tokenizer
 from step_costs import Clock, matrix_rate, out_of_memory, step_flops, synchronized
-from step_tables import DENSE, Row, records, tables
+from step_tables import DENSE, Row, records, tables, title
 from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -48,6 +49,7 @@ from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.eviction import ForwardEviction
 from sparsekv.training.flash_kernels import attention_shape, use_newest
+from sparsekv.training.float8 import drop_float8, use_float8
 from sparsekv.training.run import training_arguments
 
 CHECKED = 1024  # tokens: dense masks of longer rows do not fit beside float32 weights
@@ -75,6 +77,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="timed together, and as many by part; default: 4 on a GPU")
     parser.add_argument("--warm_up", type=int, default=2, help="steps before them")
     parser.add_argument("--compile", action="store_true", help="each variant compiled; dense masks are not")
+    parser.add_argument("--float8", action="store_true", help="each variant with frozen weights in float8")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
     parser.add_argument("--baseline", action="store_true", help="also dense masks and full logits")
     parser.add_argument("--check", action="store_true", help="also compare with dense masks and full logits")
@@ -95,7 +98,7 @@ def main() -> None:
         for row in planned(options):
             run(lambda row=row: measure(options, row), row)
             done = row.seconds if isinstance(row.seconds, str) else f"{1000 * row.seconds:,.1f} ms"
-            state.print(f"{row.name}{', compiled' * row.compiled}, {row.length:,} tokens: {done}", flush=True)
+            state.print(f"{', '.join(title(row))} tokens: {done}", flush=True)
             rows.append(row)
     finally:  # what is known when another row fails
         text = tables(options, rows, rate)
@@ -118,6 +121,7 @@ def join(options: argparse.Namespace) -> PartialState:
     options.distribution = "FSDP2" if sharded else "DDP" if options.processes > 1 else "one process"
     for flag in ("baseline", "check", "profile"):
         require(options.processes == 1 or not getattr(options, flag), f"--{flag}: is for one process; start no others")
+    require(not (sharded and options.float8), "--float8: does not work with FSDP; start with DDP, or one process")
     require(not sharded or options.device == "cuda", "--device cpu: accelerate divides a model among GPUs only")
     return PartialState(cpu=options.device == "cpu")
 
@@ -134,7 +138,7 @@ def planned(options: argparse.Namespace) -> Iterator[Row]:
     for length in options.lengths:
         if options.baseline:
             yield Row(DENSE, length, False)
-        yield from (Row(name, length, options.compile) for name in options.variants)
+        yield from (Row(name, length, options.compile, options.float8) for name in options.variants)
 
 
 def run(measured: Callable[[], None], row: Row) -> None:
@@ -219,6 +223,8 @@ def make_trainer(options: argparse.Namespace, row: Row, folder: str) -> EITTrain
         trainer.state.global_step % options.steps, length, config.min_keep_ratio
     )
     use_newest(*attention_shape(trainer.base))
+    if row.float8:
+        use_float8(trainer.base)
     if row.compiled:
         compile_layers(trainer.base)
         trainer.logit_sums = compile_logit_sums()
@@ -302,6 +308,7 @@ def compare(trainer: EITTrainer) -> tuple[float, ...]:
     found = [result(trainer.training_step(trainer.model_wrapped, inputs, trainer._count_tokens([inputs])))]
     keeps = None if trainer.eviction.last is None else trainer.eviction.last.keeps
     cuts = trainer.current_plan(inputs["input_ids"].shape[1]).cuts
+    drop_float8(trainer.base)
     with dense_attention(trainer.base):
         for cast in (lambda: None, trainer.base.float):
             cast()

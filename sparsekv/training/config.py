@@ -207,6 +207,8 @@ class TrainConfig(EITConfig):
     compile
         Compile decoder layers and loss with torch.compile, where that works: half a minute at the start, then faster
         steps of a large model (GPU).
+    float8
+        Multiply by the frozen base weights in float8, where the GPU can: less exact, and more memory.
     save_steps
         Steps between checkpoints.
     eval_steps
@@ -244,6 +246,7 @@ class TrainConfig(EITConfig):
     device_map: str | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
+    float8: bool = False
     save_steps: int = 500
     eval_steps: int = 100
     logging_steps: int = 10
@@ -275,4 +278,5 @@ class TrainConfig(EITConfig):
         for flag in ("lora_dropout", "lr_warmup_fraction"):
             value = getattr(self, flag)
             require(0 <= value < 1, f"--{flag} {value}: must be at least 0 and below 1")
+        require(not self.float8 or self.lora_r > 0, "--float8: is for frozen weights; --lora_r 0 trains them all")
         self.make_sampler().check(self.max_seq_len)

@@ -45,11 +45,15 @@ def use_newest(heads: int, groups: int, width: int, device: torch.device) -> Non
 
 
 def attention_shape(model: PreTrainedModel) -> tuple[int, int, int, torch.device]:
-    """Query heads, key/value heads, their dimension and the device of a model."""
+    """Query heads, key/value heads, their dimension and the device of a model; one head where layers differ."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads, width, model.device
+
+    def number(name: str, otherwise: int) -> int:
+        value = getattr(config, name, None)
+        return value if isinstance(value, int) else otherwise
+
+    heads = number("num_attention_heads", 1)
+    return heads, number("num_key_value_heads", heads), number("head_dim", config.hidden_size // heads), model.device
 
 
 def newest() -> str:

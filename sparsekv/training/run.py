@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.integrations import get_available_reporting_integrations
 
 from sparsekv.data import build_datasets, parse_sources
-from sparsekv.errors import UserError
+from sparsekv.errors import UserError, require
 from sparsekv.models import PLACEMENTS, attach_lora, load_model, load_tokenizer
 from sparsekv.observe import check_observable
 from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, StopCallback
@@ -24,6 +24,7 @@ from sparsekv.training.compiled import compile_layers, compile_logit_sums
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.flash_kernels import attention_shape, use_newest
+from sparsekv.training.float8 import use_float8
 from sparsekv.training.kv_dropout import KVDropoutContext
 from sparsekv.training.output import (
     check_same_data,
@@ -83,6 +84,8 @@ def train(config: TrainConfig) -> Path | None:
         check_same_division(checkpoint, trainer.is_fsdp_enabled)
         use_newest(*attention_shape(trainer.base))
         _check_architecture(trainer, config, rows[0])
+        if config.float8:
+            _use_float8(trainer)
         if config.compile:
             _compile(trainer, teacher)
         if args.should_save:
@@ -92,6 +95,15 @@ def train(config: TrainConfig) -> Path | None:
     if args.world_size > 1:
         atexit.register(_leave_group, args.distributed_state)
     return final
+
+
+def _use_float8(trainer: EITTrainer) -> None:
+    """Let frozen layers compute in float8; where that cannot be, the steps are slower and more exact."""
+    try:
+        require(not trainer.is_fsdp_enabled, "--float8: does not work with FSDP; start with DDP, or on one GPU")
+        use_float8(trainer.base)
+    except UserError as error:
+        logger.warning("%s; going on without it", error)
 
 
 def _compile(trainer: EITTrainer, teacher: PreTrainedModel | None) -> None:

@@ -113,6 +113,18 @@ def test_a_step_equals_dense_masks_and_full_logits(name, checkpointing, train_st
     assert train_step.compare(trainer)[1] < 1 - 1e-4, "what is kept makes no difference"
 
 
+def test_float8_is_checked_against_dense_masks_without_it(train_step, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsekv.training.float8._check_device", lambda device: None)
+    row = train_step.Row("mixture", 128, False, float8=True)
+    trainer = train_step.make_trainer(options(), row, str(tmp_path))
+    trainer.train()
+    difference, cosine, *rounding = train_step.compare(trainer)
+    assert 1e-6 < difference < 0.02
+    assert 0.9 < cosine < 1 - 1e-4
+    assert rounding == pytest.approx([0, 1])
+    assert train_step.title(row) == ["mixture, float8", "128"]
+
+
 def test_a_row_that_does_not_fit_says_so(train_step):
     def out_of_memory():
         raise RuntimeError("CUDA out of memory. Tried to allocate 512 MiB")
