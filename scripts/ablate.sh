@@ -62,13 +62,17 @@ export -f one train evaluate
 export steps presses ratios
 # shellcheck disable=SC2016  # for the shell that xargs starts
 xargs -P "${AT_ONCE:-4}" -L 1 bash -c 'one "$@"' _ <<< "$list" || failed=1
+keep() { # NAME FOLDER: the record of its training
+    mkdir -p "$2/training/$1"
+    cp "out/ablations/$1"/{eit_config.json,metrics.jsonl} "$2/training/$1"
+}
 done_with() { [[ -e out/ablations/log/$1.done ]]; }
 while read -r name _; do
     if [[ $name == base || $name == control ]] || ! { done_with base && done_with control && done_with "$name"; }; then
         continue
     fi
     sparsekv compare out/ablations/eval/{base,control,"$name"} --output "results/ablations/$name"
-    mkdir -p "results/ablations/$name/training/$name"
-    cp "out/ablations/$name"/{eit_config.json,metrics.jsonl} "results/ablations/$name/training/$name"
+    keep "$name" "results/ablations/$name"
+    keep control results/ablations
 done <<< "$list"
 exit "$failed"
