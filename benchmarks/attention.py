@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from sparsekv.attention import causal_attention, dense_attention, two_region_attention, two_region_mask
 from sparsekv.files import fill_block
-from sparsekv.training.flash_kernels import newest, use_newest
+from sparsekv.training.flash_kernels import torch_version, use_newest
 from sparsekv.version import commit
 
 SHAPES = {"cuda": (32, 8, 128, torch.bfloat16), "cpu": (4, 2, 16, torch.float32)}  # heads, KV heads, width
@@ -153,7 +153,7 @@ def table(options: argparse.Namespace, rows: list[list[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return (
         f"Forward and backward, {heads} heads over {groups} of {width}, {str(dtype).removeprefix('torch.')}, one row, "
-        f"{len(CUTS)} cuts, {where}, torch {torch.__version__}{newest()}; mean of {options.repeats}; "
+        f"{len(CUTS)} cuts, {where}, torch {torch_version()}; mean of {options.repeats}; "
         f"commit {commit() or 'unknown'}.\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
     )
 

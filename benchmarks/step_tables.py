@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from step_costs import peak_rate
 
-from sparsekv.training.flash_kernels import newest
+from sparsekv.training.flash_kernels import torch_version
 from sparsekv.version import commit
 
 DENSE = "dense masks, full logits"
@@ -42,7 +42,7 @@ def tables(options: argparse.Namespace, rows: list[Row], rate: float) -> str:
     text = (
         f"{options.shape}, {'bfloat16' if on_gpu else 'float32'}, {divided(options)}{batches} of "
         f"{options.batch_size} a step, {'with' if options.checkpointing else 'without'} checkpointing, {where}, torch "
-        f"{torch.__version__}{newest()}; mean of {options.steps} steps; cuts: {options.num_cuts}; "
+        f"{torch_version()}; mean of {options.steps} steps; cuts: {options.num_cuts}; "
         f"floor at {rate / 1e12:.3g} TFLOP/s: {', '.join(floors.values())}; commit {commit() or 'unknown'}.\n\n"
     )
     text += table(whole, [totals(options, row, rows, rate) for row in rows])
@@ -105,7 +105,7 @@ def records(options: argparse.Namespace, rows: list[Row]) -> list[dict[str, Any]
         "rows": options.processes * options.grad_accum * options.batch_size,  # of an optimizer step
         "steps": options.warm_up + 2 * options.steps,
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
-        "torch": torch.__version__,
+        "torch": torch_version(),
         "commit": commit() or "unknown",
     }
     return [

@@ -48,7 +48,7 @@ from sparsekv.training.compiled import compile_layers, compile_logit_sums
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.eviction import ForwardEviction
-from sparsekv.training.flash_kernels import attention_shape, use_newest
+from sparsekv.training.flash_kernels import use_newest_for
 from sparsekv.training.float8 import drop_float8, use_float8
 from sparsekv.training.run import training_arguments
 
@@ -222,7 +222,7 @@ def make_trainer(options: argparse.Namespace, row: Row, folder: str) -> EITTrain
     trainer.current_plan = lambda length: trainer.sampler.draw(
         trainer.state.global_step % options.steps, length, config.min_keep_ratio
     )
-    use_newest(*attention_shape(trainer.base))
+    use_newest_for(trainer.base)
     if row.float8:
         use_float8(trainer.base)
     if row.compiled:

@@ -1,4 +1,4 @@
-"""Whether a Triton kernel of ours works on this machine."""
+"""Whether a kernel that torch does not bring works on this machine: one of ours in Triton, or another package's."""
 
 import logging
 from collections.abc import Callable
@@ -7,7 +7,7 @@ logger = logging.getLogger(__name__)
 
 
 def works(rehearse: Callable[[], object], instead: str) -> bool:
-    """Whether a first call of a kernel succeeds: torch for CUDA comes with Triton, but Triton needs a C compiler, too.
+    """Whether a first call of a kernel succeeds: it may want a C compiler, as Triton does, or another version of torch.
 
     Parameters
     ----------

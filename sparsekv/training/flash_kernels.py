@@ -13,6 +13,7 @@ import torch.nn.attention
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsekv.attention import causal_attention
 from sparsekv.kernels import works
 from sparsekv.packed_attention import packed_attention, packs
 
@@ -33,7 +34,7 @@ def use_newest(heads: int, groups: int, width: int, device: torch.device) -> Non
     device : torch.device
     """
     attention = torch.nn.attention
-    if not hasattr(attention, "activate_flash_attention_impl") or attention.current_flash_attention_impl():
+    if not hasattr(attention, "activate_flash_attention_impl") or active():
         return
     query = torch.empty(1, heads, LENGTH, width, dtype=torch.bfloat16, device=device)
     if not packs(query, 0.0):
@@ -44,22 +45,25 @@ def use_newest(heads: int, groups: int, width: int, device: torch.device) -> Non
         attention.restore_flash_attention_impl(_raise_warn=False)
 
 
-def attention_shape(model: PreTrainedModel) -> tuple[int, int, int, torch.device]:
-    """Query heads, key/value heads, their dimension and the device of a model; one head where layers differ."""
+def use_newest_for(model: PreTrainedModel) -> None:
+    """`use_newest` for a model's heads; not where probabilities are dropped, which only torch's own can."""
     config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if getattr(config, "attention_dropout", 0) or not isinstance(heads, int) or not isinstance(groups, int):
+        return  # or layers differ
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    use_newest(heads, groups, width, model.device)
 
-    def number(name: str, otherwise: int) -> int:
-        value = getattr(config, name, None)
-        return value if isinstance(value, int) else otherwise
 
-    heads = number("num_attention_heads", 1)
-    return heads, number("num_key_value_heads", heads), number("head_dim", config.hidden_size // heads), model.device
+def active() -> str | None:
+    """The one of `IMPLEMENTATIONS` that torch's flash attention runs; None for torch's own."""
+    return getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
 
 
-def newest() -> str:
-    """The name of what is active, as it stands in the caption of a benchmark; empty for torch's own."""
-    name = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
-    return f", {name}" if name else ""
+def torch_version() -> str:
+    """torch's version, and whose flash attention it runs if not its own: for the captions of benchmarks."""
+    return ", ".join(filter(None, (torch.__version__, active())))
 
 
 def _installed(module: str) -> bool:
@@ -71,7 +75,7 @@ def _installed(module: str) -> bool:
 
 def _activate(name: str, groups: int, query: Tensor) -> None:
     """From here on torch's flash attention is `name`'s; complains when that attends otherwise."""
-    rehearsals = [_rehearsal(query, groups, even) for even in (True, False)]
+    rehearsals = [_rehearsal(query, groups, kind) for kind in ("even", "uneven", "causal")]
     expected = [attend() for attend in rehearsals]
     torch.nn.attention.activate_flash_attention_impl(name)
     for attend, others in zip(rehearsals, expected, strict=True):
@@ -81,8 +85,8 @@ def _activate(name: str, groups: int, query: Tensor) -> None:
                 raise ArithmeticError(f"differs from torch's own by {off:.1g} of the largest value")
 
 
-def _rehearsal(like: Tensor, groups: int, even: bool) -> Callable[[], list[Tensor]]:
-    """An evicted row's attention with its gradients, every time on the same random numbers."""
+def _rehearsal(like: Tensor, groups: int, kind: str) -> Callable[[], list[Tensor]]:
+    """Attention of a row, evicted or plain causal, with its gradients; every time on the same random numbers."""
     generator = torch.Generator(like.device).manual_seed(0)
 
     def heads(count: int) -> Tensor:
@@ -96,7 +100,10 @@ def _rehearsal(like: Tensor, groups: int, even: bool) -> Callable[[], list[Tenso
     ]
 
     def attend() -> list[Tensor]:
-        out = packed_attention(query, key, value, keeps, CUTS, COUNTS, None, even)
+        if kind == "causal":  # as the teacher attends
+            out = causal_attention(query, key, value, None, 0.0)
+        else:
+            out = packed_attention(query, key, value, keeps, CUTS, COUNTS, None, kind == "even")
         return [out.detach(), *torch.autograd.grad(out.square().sum(), (query, key, value))]
 
     return attend

@@ -23,7 +23,7 @@ from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, Stop
 from sparsekv.training.compiled import compile_layers, compile_logit_sums
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import EITTrainer
-from sparsekv.training.flash_kernels import attention_shape, use_newest
+from sparsekv.training.flash_kernels import active, use_newest_for
 from sparsekv.training.float8 import use_float8
 from sparsekv.training.kv_dropout import KVDropoutContext
 from sparsekv.training.output import (
@@ -82,10 +82,9 @@ def train(config: TrainConfig) -> Path | None:
     with removed_if_unused(out):
         trainer = _make_trainer(model, teacher, tokenizer, config, args, rows)
         check_same_division(checkpoint, trainer.is_fsdp_enabled)
-        use_newest(*attention_shape(trainer.base))
+        use_newest_for(trainer.base)
         _check_architecture(trainer, config, rows[0])
-        if config.float8:
-            _use_float8(trainer)
+        record |= {"flash_attention": active() or "torch", "float8": config.float8 and _use_float8(trainer)}
         if config.compile:
             _compile(trainer, teacher)
         if args.should_save:
@@ -97,13 +96,15 @@ def train(config: TrainConfig) -> Path | None:
     return final
 
 
-def _use_float8(trainer: EITTrainer) -> None:
+def _use_float8(trainer: EITTrainer) -> bool:
     """Let frozen layers compute in float8; where that cannot be, the steps are slower and more exact."""
     try:
         require(not trainer.is_fsdp_enabled, "--float8: does not work with FSDP; start with DDP, or on one GPU")
         use_float8(trainer.base)
     except UserError as error:
         logger.warning("%s; going on without it", error)
+        return False
+    return True
 
 
 def _compile(trainer: EITTrainer, teacher: PreTrainedModel | None) -> None:

@@ -25,13 +25,17 @@ def installed(monkeypatch):
     monkeypatch.setattr(packed_attention, "flash_attention", rows_of_different_lengths)
     monkeypatch.setattr(attention._registry, "_FLASH_ATTENTION_IMPLS", {})
 
+    registered = []
+
     def install(works_like):
         def register():
+            registered.append(works_like)
             before = packed_attention.flash_attention
             packed_attention.flash_attention = works_like
             return SimpleNamespace(remove=lambda: setattr(packed_attention, "flash_attention", before))
 
         attention.register_flash_attention_impl("FA3", register_fn=register)
+        return registered
 
     yield install
     attention.restore_flash_attention_impl(_raise_warn=False)
@@ -41,12 +45,13 @@ def test_what_is_installed_and_right_is_used(installed, caplog):
     def right(*arguments, **options):
         return rows_of_different_lengths(*arguments, **options)
 
-    installed(right)
+    registered = installed(right)
     with caplog.at_level(logging.WARNING):
         flash_kernels.use_newest(*SHAPE)
         flash_kernels.use_newest(*SHAPE)  # active already
     assert packed_attention.flash_attention is right
-    assert flash_kernels.newest() == ", FA3"
+    assert registered == [right]
+    assert flash_kernels.torch_version() == f"{torch.__version__}, FA3"
     assert not caplog.records
 
 
@@ -71,7 +76,7 @@ def test_what_attends_otherwise_is_left_out_with_one_line(works_like, reason, in
     with caplog.at_level(logging.WARNING):
         flash_kernels.use_newest(*SHAPE)
     assert packed_attention.flash_attention is rows_of_different_lengths
-    assert flash_kernels.newest() == ""
+    assert flash_kernels.active() is None
     [record] = caplog.records
     assert record.getMessage().startswith("attention without FA3: ")
     assert reason in record.getMessage()
@@ -82,5 +87,24 @@ def test_a_cpu_has_none_to_try(installed, monkeypatch, caplog):
     monkeypatch.setattr(flash_kernels, "packs", packed_attention.packs)
     installed(too_old)
     flash_kernels.use_newest(*SHAPE)
-    assert flash_kernels.newest() == ""
+    assert flash_kernels.active() is None
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("changes", "tried"),
+    [
+        ({}, [(4, 2, 16)]),
+        ({"num_key_value_heads": None}, [(4, 4, 16)]),
+        ({"attention_dropout": 0.1}, []),
+        ({"num_attention_heads": [4, 8]}, []),
+    ],
+)
+def test_a_models_heads(changes, tried, monkeypatch):
+    found = []
+    monkeypatch.setattr(flash_kernels, "use_newest", lambda *shape: found.append(shape[:3]))
+    known = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "attention_dropout": 0.0}
+    config = SimpleNamespace(**known | changes)
+    config.get_text_config = lambda: config
+    flash_kernels.use_newest_for(SimpleNamespace(config=config, device=torch.device("cpu")))
+    assert found == tried

@@ -3,6 +3,7 @@
 `torch._scaled_mm` computes float8 on a CPU too, slowly, so only the check of the device is left out here.
 """
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -279,13 +280,20 @@ def test_a_run_trains_every_adapter_weight_and_saves_the_same_names(tmp_path, an
     assert not all(torch.equal(weight, plain[name]) for name, weight in converted.items())
 
 
-def test_a_run_without_such_a_gpu_goes_on(tmp_path, caplog):
+def test_a_run_without_such_a_gpu_goes_on(tmp_path, caplog, monkeypatch):
+    tried = []
+    monkeypatch.setattr(run, "use_newest_for", tried.append)
     assert run.train(train_config(run_options(tmp_path), tmp_path / "out", float8=True)) is not None
     (line,) = [record.getMessage() for record in caplog.records if "--float8" in record.getMessage()]
     assert line == (
         "--float8: needs a GPU of compute capability 8.9 or above (Ada, Hopper or later); the model is on the CPU; "
         "going on without it"
     )
+    record = json.loads((tmp_path / "out" / "final" / "eit_config.json").read_text("utf-8"))
+    assert record["config"]["float8"] is True
+    assert record["float8"] is False
+    assert record["flash_attention"] == "torch"
+    assert len(tried) == 1
 
 
 # ---- refusals ----
