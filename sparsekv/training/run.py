@@ -84,9 +84,7 @@ def train(config: TrainConfig) -> Path | None:
         check_same_division(checkpoint, trainer.is_fsdp_enabled)
         use_newest_for(trainer.base)
         _check_architecture(trainer, config, rows[0])
-        record |= {"flash_attention": active() or "torch", "float8": config.float8 and _use_float8(trainer)}
-        if config.compile:
-            _compile(trainer, teacher)
+        record |= _speed_up(trainer, teacher, config)
         if args.should_save:
             prepare_output_dir(out, record)
     args.distributed_state.wait_for_everyone()
@@ -94,6 +92,14 @@ def train(config: TrainConfig) -> Path | None:
     if args.world_size > 1:
         atexit.register(_leave_group, args.distributed_state)
     return final
+
+
+def _speed_up(trainer: EITTrainer, teacher: PreTrainedModel | None, config: TrainConfig) -> dict[str, Any]:
+    """Change the layers as the options ask; what that makes of the arithmetic, for the record."""
+    float8 = config.float8 and _use_float8(trainer)
+    if config.compile:
+        _compile(trainer, teacher)
+    return {"flash_attention": active() or "torch", "float8": float8}
 
 
 def _use_float8(trainer: EITTrainer) -> bool:
