@@ -79,12 +79,13 @@ def _has_kernel(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 
 
 def selection_loss(scores: Tensor, count: int, importance: Tensor) -> Tensor:
-    """Softened share of the later attention that falls on entries a press evicts.
+    """Softened share of the later attention, squared, that falls on entries a press evicts.
 
     With t the middle between a head's last kept score and its first evicted one, and s the distance from t to the
-    median of the evicted, at least 1% of that to the lowest: Σ w · softplus((t − score) / s), w = importance / Σ
-    importance over the heads and entries of a row. t and s carry no gradient; scores are taken relative to their mean,
-    so that raising all of them gains nothing. A head that evicts nothing but ties with what it keeps has no s and
+    median of the evicted, at least 1% of that to the lowest: Σ w · softplus((t − score) / s), w = importance² / Σ
+    importance² over the heads and entries of a row. Squared, the few entries that a later query needs outweigh the many
+    that every query glances at. t and s carry no gradient; scores are taken relative to their mean, so that raising all
+    of them gains nothing. A head that evicts nothing but ties with what it keeps has no s and
     gives no gradient. A head's scores of which none is negative, as attention probabilities are, are taken by their
     logarithm: the gradient of a probability vanishes with it, and so where it is needed most.
 
@@ -114,5 +115,6 @@ def selection_loss(scores: Tensor, count: int, importance: Tensor) -> Tensor:
     mean = rest.sum(-1, keepdim=True) / (~safe).sum(-1, keepdim=True)
     spread = spread.masked_fill(spread == 0, torch.inf)
     losses = F.softplus((border - rest + mean - mean.detach()) / spread).masked_fill(safe, 0)
-    weights = importance / importance.sum((1, 2), keepdim=True).clamp(min=tiny)
+    weights = importance.square()
+    weights = weights / weights.sum((1, 2), keepdim=True).clamp(min=tiny)
     return (weights * losses).sum((1, 2))
