@@ -28,7 +28,6 @@ from sparsekv.training.modes import ADAPTER_SWITCH, switched, training_already
 from sparsekv.training.plan import EvictionPlan
 from sparsekv.training.scheduler import KeepRatioScheduler
 from sparsekv.training.selection import later_attention
-from sparsekv.training.sharded import GatherAheadCallback
 
 SCHEDULER_STATE = "scheduler_state.json"
 STAGING = ".staging"
@@ -89,7 +88,6 @@ class EITTrainer(Trainer):
         self.schedule = config.make_schedule(total_steps=1)  # remade when training begins and its steps are known
         self._resumed_schedule: dict[str, Any] | None = None
         self.add_callback(ScheduleCallback(self.begin_schedule))
-        self.add_callback(GatherAheadCallback(self.base.get_decoder()))
         self.sampler = config.make_sampler()
         self._staging: str | None = None
         self._logged_step = 0
