@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.write_results import COMMANDS, main
+from scripts import write_results
+from scripts.write_results import COMMANDS
 from sparsekv.errors import UserError
 from tests.comparison import Comparison
 
@@ -17,7 +18,16 @@ BLOCKS = ("goals", "headline", "beyond", "trainings", "ablations")
 def document(tmp_path: Path) -> Path:
     path = tmp_path / "results.md"
     path.write_text("# Results\n" + "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in BLOCKS))
+    readme_of(path).write_text("# Tool\n<!-- effect -->\nold\n<!-- /effect -->\n")
     return path
+
+
+def readme_of(document: Path) -> Path:
+    return document.with_name("README.md")
+
+
+def main(results: Path, document: Path) -> None:
+    write_results.main(results, document, readme_of(document))
 
 
 def block(document: Path, name: str) -> str:
@@ -62,6 +72,7 @@ def test_what_is_absent_is_said_with_its_command(tmp_path: Path, document: Path)
         assert "is not there yet" in block(document, name)
         assert block(document, name).endswith(f"\n\n    {COMMANDS[experiment]}")
         assert "|" not in block(document, name)
+    assert block(readme_of(document), "effect") == block(document, "headline")
 
 
 def test_goals_and_cells(tmp_path: Path, document: Path) -> None:
@@ -89,6 +100,21 @@ def test_goals_and_cells(tmp_path: Path, document: Path) -> None:
     assert text["snapkv, 70%"][3:] == ["▲ -0.300", "-1.300 … +0.700", "0.300 → 0.250 → 0.125 ▲"]
     assert text["full cache"][3:] == ["▼ +0.010", "-0.990 … +1.010", "0.000 → 0.000 → 0.000 ="]
     assert "is not there yet" in block(document, "ablations")
+
+
+def test_the_readme_shows_needles_by_press_and_share(tmp_path: Path, document: Path) -> None:
+    comparison().write(tmp_path / "results" / "headline")
+    main(tmp_path / "results", document)
+    text = block(readme_of(document), "effect")
+    assert "ruler-local 1024 (n = 40 rows); evaluation seed 0; commit abc1234." in text
+    assert "perplexity" not in text
+    assert rows(text) == {
+        "press": ["50% evicted", "70% evicted"],
+        "---": ["---", "---"],
+        "full cache": ["80.0 → 90.0 → 90.0 ="] * 2,
+        "anchor": ["40.0 → 40.0 → 40.0 =", "–"],
+        "snapkv": ["–", "20.0 → 30.0 → 60.0 ▲"],
+    }
 
 
 def test_other_lengths_and_tasks(tmp_path: Path, document: Path) -> None:
@@ -162,5 +188,6 @@ def test_the_same_twice_and_a_block_that_is_missing(tmp_path: Path, document: Pa
 def test_the_page_has_its_blocks(tmp_path: Path) -> None:
     page = Path(__file__).parents[2] / "docs" / "results.md"
     shutil.copy(page, tmp_path)
+    shutil.copy(page.parents[1] / "README.md", tmp_path)
     main(tmp_path / "none", tmp_path / "results.md")
     assert all(command in page.read_text("utf-8") for command in (COMMANDS["headline"],))
