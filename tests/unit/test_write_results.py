@@ -11,6 +11,7 @@ from scripts.write_results import COMMANDS
 from sparsekv.errors import UserError
 from tests.comparison import Comparison
 
+ROOT = Path(__file__).parents[2]
 BLOCKS = ("goals", "headline", "beyond", "trainings", "ablations")
 
 
@@ -186,8 +187,17 @@ def test_the_same_twice_and_a_block_that_is_missing(tmp_path: Path, document: Pa
 
 
 def test_the_page_has_its_blocks(tmp_path: Path) -> None:
-    page = Path(__file__).parents[2] / "docs" / "results.md"
+    page = ROOT / "docs" / "results.md"
     shutil.copy(page, tmp_path)
-    shutil.copy(page.parents[1] / "README.md", tmp_path)
+    shutil.copy(ROOT / "README.md", tmp_path)
     main(tmp_path / "none", tmp_path / "results.md")
     assert all(command in page.read_text("utf-8") for command in (COMMANDS["headline"],))
+
+
+def test_the_pages_say_what_the_kept_files_hold(tmp_path: Path) -> None:
+    pages = [ROOT / "docs" / "results.md", ROOT / "README.md"]
+    for page in pages:
+        shutil.copy(page, tmp_path)
+    main(ROOT / "results", tmp_path / "results.md")
+    for page in pages:
+        assert (tmp_path / page.name).read_text("utf-8") == page.read_text("utf-8")
