@@ -33,7 +33,7 @@ from sparsekv.training.run import train
 pytestmark = pytest.mark.slow
 
 TIMEOUT = 240  # seconds
-RANKED = 1e-4  # tolerance of figures under eviction: rounding may rank two entries at the border the other way round
+RANKED = {"eval_evicted_ppl": 1e-4}  # rounding may rank two entries at the border the other way round
 
 
 # ---- what the two processes run ----
@@ -175,7 +175,7 @@ def assert_same(one: Path, two: Path):
     for line, other in zip(wanted, found, strict=True):
         assert line.keys() == other.keys()
         for figure in line.keys() - {"tokens_per_second"}:
-            assert other[figure] == pytest.approx(line[figure], rel=RANKED, abs=RANKED), figure
+            assert other[figure] == pytest.approx(line[figure], rel=RANKED.get(figure, 1e-5), abs=1e-5), figure
     weights, others = adapter(one), adapter(two)
     assert weights.keys() == others.keys()
     for key in weights:
