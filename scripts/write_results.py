@@ -42,10 +42,10 @@ def main(results: Path, document: Path, readme: Path) -> None:
     if headline.is_file():
         table = read_compare(headline)
         blocks = {"goals": goals_block(table), "headline": headline_block(table)}
-        fill_block(readme, "effect", effect_block(table))
+        effect = effect_block(table)
     else:
-        blocks = dict.fromkeys(("goals", "headline"), absent(headline, "headline"))
-        fill_block(readme, "effect", absent(headline, "headline"))
+        effect = absent(headline, "headline")
+        blocks = dict.fromkeys(("goals", "headline"), effect)
     further = [read_compare(file) for file in sorted(results.glob("beyond/*/compare.csv"))]
     blocks["beyond"] = beyond_block(further) if further else absent(results / "beyond", "beyond")
     blocks["trainings"] = trainings_block(results) or absent(results / "headline" / "training", "headline")
@@ -53,6 +53,7 @@ def main(results: Path, document: Path, readme: Path) -> None:
     blocks["ablations"] = ablations_block(runs) if runs else absent(results / "ablations", "ablations")
     for name, text in blocks.items():
         fill_block(document, name, text)
+    fill_block(readme, "effect", effect)
 
 
 def absent(path: Path, experiment: str) -> str:
@@ -124,11 +125,19 @@ def cells_table(rows: pd.DataFrame, divergences: pd.DataFrame) -> str:
 
 
 def divergence(table: pd.DataFrame, cell: pd.Series) -> str:
-    """`0.206 → 0.186 → 0.163 ▲`."""
-    runs = {row["run"]: row for row in table[table[CELL].eq(cell[CELL]).all(axis=1)].to_dict("records")}
-    scores = [{"kl": runs.get(role, {}).get("score")} for role in ROLES]
-    shown = " → ".join(tables.figure_text(score, "kl", "{:.3f}") for score in scores)
-    return f"{shown} {tables.SYMBOLS.get(runs.get('trained', {}).get('verdict_control'), '')}".strip()
+    """`0.206 → 0.186 → 0.163 ▲`, of the KL in a cell."""
+    return scores_by_run(table[table[CELL].eq(cell[CELL]).all(axis=1)], "{:.3f}")
+
+
+def scores_by_run(cell: pd.DataFrame, form: str) -> str:
+    """`13.5 → 14.6 → 64.9 ▲`, of the rows of one cell and metric, one a run."""
+    verdict = dict(zip(cell.run, cell.verdict_control, strict=True)).get("trained")
+    return f"{by_run(dict(zip(cell.run, cell.score, strict=True)), form)} {tables.SYMBOLS.get(verdict, '')}".strip()
+
+
+def by_run(values: Mapping[str, float], form: str) -> str:
+    """`13.5 → 14.6 → 64.9`, of role → value."""
+    return " → ".join(tables.figure_text({"value": values.get(role)}, "value", form) for role in ROLES)
 
 
 def effect_block(table: pd.DataFrame) -> str:
@@ -137,21 +146,13 @@ def effect_block(table: pd.DataFrame) -> str:
     ratios = sorted(rows[rows.press != NO_PRESS].compression_ratio.unique())
     lines = []
     for _, cells in rows.groupby([rows.press != NO_PRESS, "press"]):
-        shown = {ratio: scores_by_run(cell) for ratio, cell in cells.groupby("compression_ratio")}
-        first = cells.iloc[0]
+        first, form = cells.iloc[0], tables.score_form(cells.iloc[0])
+        shown = {ratio: scores_by_run(cell, form) for ratio, cell in cells.groupby("compression_ratio")}
         name = tables.cell_name(first) if first.press == NO_PRESS else first.press
         lines.append([name, *(shown.get(ratio, shown.get(0.0, tables.NONE)) for ratio in ratios)])
     header = ["press", *(f"{ratio:.0%} evicted" for ratio in ratios)]
     marks = "base → control → trained; ▲ trained better than control, ▼ worse, = no difference"
     return f"{caption(rows)} Percent, {marks}.\n\n{tables.markdown_table(header, lines)}"
-
-
-def scores_by_run(cell: pd.DataFrame) -> str:
-    """`13.5 → 14.6 → 64.9 ▲` of one cell."""
-    runs = {row["run"]: row for row in cell.to_dict("records")}
-    form = tables.score_form(cell.iloc[0])
-    shown = " → ".join(tables.figure_text({"score": runs.get(role, {}).get("score")}, "score", form) for role in ROLES)
-    return f"{shown} {tables.SYMBOLS.get(runs.get('trained', {}).get('verdict_control'), '')}".strip()
 
 
 def beyond_block(comparisons: Sequence[pd.DataFrame]) -> str:
@@ -174,8 +175,7 @@ def beyond_cells(rows: pd.DataFrame) -> list[str]:
     first, evicted = rows.iloc[0], rows[rows.press != NO_PRESS]
 
     def of_runs(chosen: pd.DataFrame, column: str, form: str) -> str:
-        means = chosen.groupby("run")[column].mean()
-        return " → ".join(tables.figure_text({column: means.get(role)}, column, form) for role in ROLES)
+        return by_run(chosen.groupby("run")[column].mean(), form)
 
     return [
         tables.benchmark_name(first),
