@@ -9,10 +9,10 @@
 Each measurement is a run of its own, one after another, and is kept in `--results`, where a later one of the same kind
 replaces it; all calls print the tables of all that is known there. A run that fails is a line that says so.
 
-`train` runs train_step.py. An optimizer step always has `--rows` rows: micro-batches × processes is constant, and the
-samplers of all processes together draw what one process draws. Losses and gradients are sums over the same rows then,
-and the mean losses of all steps may differ by rounding only. Efficiency is tokens/s over those of one GPU, divided
-by the number of GPUs.
+`train` runs train_step.py. An optimizer step always has `--rows` rows, of which each process takes `--batch_size` at a
+time: micro-batches × processes is constant, and the samplers of all processes together draw what one process draws.
+Losses and gradients are sums over the same rows then, and the mean losses of all steps may differ by rounding only.
+Efficiency is tokens/s over those of one GPU, divided by the number of GPUs.
 
 `eval` runs `sparsekv eval` on one GPU and under accelerate on several, each into a folder of its own, and compares the
 answers. The same command again, which finds all done, is the time to start, but for the weights: a process loads them
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096], help="tokens of a row")
     parser.add_argument("--rows", type=int, default=8, help="of an optimizer step, over all processes")
+    parser.add_argument("--batch_size", type=int, default=1, help="rows of a process's micro-batch")
     parser.add_argument("--step", choices=VARIANTS, default="keep 0.3")
     parser.add_argument("--steps", type=int, default=2, help="timed, after two of warm-up")
     parser.add_argument("--checkpointing", action="store_true")
@@ -71,7 +72,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="of eval")
     parser.add_argument("--context_length", type=int, default=4096, help="of eval")
     parser.add_argument("--num_samples", type=int, default=16, help="of eval, for each of 13 tasks")
-    parser.add_argument("--doc", type=Path, help="Markdown file whose block `scaling` of this device is replaced")
+    parser.add_argument("--doc", type=Path, help="Markdown file whose block is replaced")
+    parser.add_argument("--block", help="its name; default: scaling and the device")
     options = parser.parse_args()
     check(options)
     measured = {"train": train, "eval": evaluate, "tables": lambda _: ()}[options.measure]
@@ -82,7 +84,7 @@ def main() -> None:
     text = tables(records)
     print(text)
     if options.doc:
-        fill_block(options.doc, f"scaling {options.device}", text)
+        fill_block(options.doc, options.block or f"scaling {options.device}", text)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -100,8 +102,9 @@ def check(options: argparse.Namespace) -> None:
     require(on_gpu or "fsdp2" not in options.how, "--how fsdp2: accelerate divides a model among GPUs only")
     for count in options.gpus:
         require(not on_gpu or count <= present, f"--gpus {count}: this machine has {present}")
-        even = options.measure != "train" or options.rows % count == 0
-        require(even, f"--rows {options.rows}: cannot be shared by {count} processes; give a multiple")
+        even = options.measure != "train" or options.rows % (count * options.batch_size) == 0
+        shared = f"{count} processes, {options.batch_size} at a time"
+        require(even, f"--rows {options.rows}: cannot be shared by {shared}; give a multiple")
 
 
 # ---- training ----
@@ -123,7 +126,8 @@ def train_records(options: argparse.Namespace, length: int, count: int, how: str
             "--shape": options.shape,
             "--device": options.device,
             "--lengths": length,
-            "--grad_accum": options.rows // count,
+            "--batch_size": options.batch_size,
+            "--grad_accum": options.rows // (count * options.batch_size),
             "--variants": options.step,
             "--steps": options.steps,
             "--warm_up": WARM_UP,
@@ -140,6 +144,7 @@ def train_records(options: argparse.Namespace, length: int, count: int, how: str
         "processes": count,
         "distribution": {"ddp": "DDP", "fsdp2": "FSDP2"}.get(how, "one process"),
         "rows": options.rows,
+        "batch_size": options.batch_size,
         "steps": WARM_UP + 2 * options.steps,
         "device": device_name(options),
         "step": options.step + ", compiled" * options.compile,
@@ -275,8 +280,8 @@ def tables(records: list[Record]) -> str:
     origin = {name: sorted({record[name] for record in records if name in record}) for name in ("device", *ORIGIN)}
     device, version, commits = (", ".join(names) for names in origin.values())
     text = f"{device}, torch {version}; commit {commits}.\n\n"
-    columns = ("model", "step", "tokens", "rows", "GPUs", "how", "tokens/s", "efficiency", "MFU", "GiB a GPU", "loss")
-    text += table((*columns, "loss against one GPU"), trained) if trained else ""
+    columns = ("model", "step", "tokens", "rows", "at a time", "GPUs", "how", "tokens/s", "efficiency", "MFU")
+    text += table((*columns, "GiB a GPU", "loss", "loss against one GPU"), trained) if trained else ""
     columns = ("model", "tokens", "GPUs", "answers", "s", "of them start", "efficiency", "start and all")
     return text + (table((*columns, "other answers"), evaluated) if evaluated else "")
 
@@ -284,7 +289,8 @@ def tables(records: list[Record]) -> str:
 def train_cells(record: Record, records: list[Record]) -> list[str]:
     step = record["step"] + ", checkpointing" * record["checkpointing"]
     count, one = record["processes"], alone(record, records)
-    begin = [record["shape"], step, f"{record['length']:,}", str(record["rows"]), str(count), record["distribution"]]
+    rows = [str(record["rows"]), str(record["batch_size"])]
+    begin = [record["shape"], step, f"{record['length']:,}", *rows, str(count), record["distribution"]]
     if "failed" in record:
         return [*begin, record["failed"], *["–"] * 5]
     rate = record["tokens_per_second"]

@@ -103,6 +103,7 @@ def records(options: argparse.Namespace, rows: list[Row]) -> list[dict[str, Any]
         "processes": options.processes,
         "distribution": options.distribution,
         "rows": options.processes * options.grad_accum * options.batch_size,  # of an optimizer step
+        "batch_size": options.batch_size,
         "steps": options.warm_up + 2 * options.steps,
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "torch": torch_version(),

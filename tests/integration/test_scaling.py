@@ -16,6 +16,7 @@ TRAINED = {
     "processes": 1,
     "distribution": "one process",
     "rows": 8,
+    "batch_size": 1,
     "steps": 5,
     "device": "H100",
     "step": "keep 0.3",
@@ -58,7 +59,7 @@ def test_efficiency_is_against_the_same_run_on_one_gpu(scaling):
     out_of_memory = {**two, "distribution": "FSDP2", "failed": "out of memory"}
     shared = EVALUATED | {"processes": 2, "seconds": 60.0, "different": 3}
     found = lines(scaling.tables([two, TRAINED, longer, out_of_memory, shared, EVALUATED]))
-    assert [line[4:8] for line in found[1:5]] == [
+    assert [line[5:9] for line in found[1:5]] == [
         ["1", "one process", "7,000", "100%"],
         ["2", "DDP", "13,300", "95%"],
         ["2", "FSDP2", "out of memory", "–"],
@@ -80,6 +81,7 @@ def test_a_later_measurement_replaces_only_its_own_kind(scaling):
     ("flags", "message"),
     [
         ("train --rows 3 --gpus 1 2", "^--rows 3: cannot be shared by 2"),
+        ("train --rows 2 --batch_size 2 --gpus 2", "^--rows 2: cannot be shared by 2 processes, 2 at a time"),
         ("train --how fsdp2", "^--how fsdp2: accelerate divides"),
         ("tables", "^--results .*: holds nothing yet"),
     ],
