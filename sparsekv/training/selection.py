@@ -79,11 +79,11 @@ def _has_kernel(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 
 
 def selection_loss(scores: Tensor, count: int, importance: Tensor) -> Tensor:
-    """Softened share of the later attention, squared, that falls on entries a press evicts.
+    """Softened share of the later attention, cubed, that falls on entries a press evicts.
 
     With t the middle between a head's last kept score and its first evicted one, and s the distance from t to the
-    median of the evicted, at least 1% of that to the lowest: Σ w · softplus((t − score) / s), w = importance² / Σ
-    importance² over the heads and entries of a row. Squared, the few entries that a later query needs outweigh the many
+    median of the evicted, at least 1% of that to the lowest: Σ w · softplus((t − score) / s), w = importance³ / Σ
+    importance³ over the heads and entries of a row. Cubed, the few entries that a later query needs outweigh the many
     that every query glances at. t and s carry no gradient; scores are taken relative to their mean, so that raising all
     of them gains nothing. A head that evicts nothing but ties with what it keeps has no s and
     gives no gradient. A head's scores of which none is negative, as attention probabilities are, are taken by their
@@ -115,6 +115,6 @@ def selection_loss(scores: Tensor, count: int, importance: Tensor) -> Tensor:
     mean = rest.sum(-1, keepdim=True) / (~safe).sum(-1, keepdim=True)
     spread = spread.masked_fill(spread == 0, torch.inf)
     losses = F.softplus((border - rest + mean - mean.detach()) / spread).masked_fill(safe, 0)
-    weights = importance.square()
+    weights = importance.pow(3)
     weights = weights / weights.sum((1, 2), keepdim=True).clamp(min=tiny)
     return (weights * losses).sum((1, 2))

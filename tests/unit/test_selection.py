@@ -45,7 +45,7 @@ def test_raising_every_score_gains_nothing(scores, importance):
     torch.testing.assert_close(scores.grad.sum(-1), torch.zeros(2, 3), rtol=0, atol=1e-5)
 
 
-def test_an_entry_counts_by_the_square_of_what_it_is_attended_to(importance):
+def test_an_entry_counts_by_the_cube_of_what_it_is_attended_to(importance):
     scores = torch.linspace(1, 0, importance.shape[-1]).expand_as(importance).clone()
     scores[..., 12:16] = 0.1  # evicted, alike
     scores.requires_grad_()
@@ -53,7 +53,7 @@ def test_an_entry_counts_by_the_square_of_what_it_is_attended_to(importance):
         importance[..., place] = attended
     selection_loss(scores, 8, importance).sum().backward()
     pulled = (scores.grad[..., 12, None] - scores.grad[..., 13:16])[0, 0]
-    torch.testing.assert_close(pulled / pulled[0], torch.tensor([1.0, 4.0, 16.0]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(pulled / pulled[0], torch.tensor([1.0, 8.0, 64.0]), rtol=1e-3, atol=0)
 
 
 def test_descent_lets_what_is_attended_to_survive(scores, importance):
