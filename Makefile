@@ -32,7 +32,7 @@ lint: .venv/ready
 # tests/browser opens the report in a real browser; tests/slurm runs jobs on a real Slurm, which it installs as root.
 test: lint
 	scripts/install_browser.sh
-	$(BIN)/pytest -n auto --dist loadgroup
+	$(BIN)/pytest -n auto --dist loadgroup --no-loadscope-reorder
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

@@ -22,7 +22,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """With several workers (`-n`), what a file makes once stays with one of them; there is only one Slurm."""
+    """With several workers (`-n`), what a file makes once stays with one of them; there is only one Slurm.
+
+    Files with slow tests come first, so that no worker is left with one when the others are done.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("slurm")}
+    items.sort(key=lambda item: item.path not in slow)
     for item in items:
         file = item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group("slurm" if file.startswith("tests/slurm/") else file))
