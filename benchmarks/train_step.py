@@ -45,7 +45,7 @@ from sparsekv.errors import UserError, require
 from sparsekv.files import fill_block, write_json
 from sparsekv.models import attach_lora
 from sparsekv.training.compiled import compile_layers, compile_logit_sums
-from sparsekv.training.config import TrainConfig
+from sparsekv.training.config import TrainConfig, default_rules
 from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.eviction import ForwardEviction
 from sparsekv.training.flash_kernels import use_newest_for
@@ -57,6 +57,7 @@ LENGTHS = {"cuda": [2048, 4096], "cpu": [128]}
 STEPS = {"cuda": 4, "cpu": 2}
 ACCUMULATED = {"cuda": 8, "cpu": 1}  # micro-batches of a step; on a GPU as many as in the shipped configurations
 KEEP = {"scheduler_mode": "fixed", "min_keep_ratio": 0.3}
+PLAIN = {"lambda_context": 0.0, "lambda_selection": 0.0, "rules": dict.fromkeys(default_rules(), 1.0)}
 VARIANTS: dict[str, dict[str, Any]] = {
     "control": {"control": True},
     "keep 0.3": {"ratio_draw": "ceiling"},
@@ -200,8 +201,7 @@ def make_trainer(options: argparse.Namespace, row: Row, folder: str) -> EITTrain
         gradient_checkpointing=options.checkpointing,
         num_cuts=options.num_cuts,
         eval_steps=0,
-        **KEEP,
-        **VARIANTS.get(row.name, VARIANTS["keep 0.3"]),
+        **KEEP | PLAIN | VARIANTS.get(row.name, VARIANTS["keep 0.3"]),
     )
     args = training_arguments(config)
     args.save_strategy = args.logging_strategy = "no"

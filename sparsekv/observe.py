@@ -30,10 +30,11 @@ class _Observer:
     """What a forward pass carries to its layers. For another function a compiled layer would be compiled anew."""
 
     receive: Receiver
+    plain_only: bool
 
 
 @contextlib.contextmanager
-def observing(model: nn.Module, receive: Receiver) -> Iterator[None]:
+def observing(model: nn.Module, receive: Receiver, plain_only: bool = False) -> Iterator[None]:
     """Inside, every attention layer of a forward pass calls `receive` and then attends as usual, with SDPA.
 
     Run `model.get_decoder()` with `use_cache=False` when only the attention is wanted: no logits are made. Contexts
@@ -45,17 +46,19 @@ def observing(model: nn.Module, receive: Receiver) -> Iterator[None]:
     receive : callable
         Gets the layer's index, its query [B, H, L, D], key and value [B, G, L, D] and the factor on the logits. The
         tensors are the model's own: do not change them.
+    plain_only : bool
+        A layer with a mask of its own (padding, a sliding window) attends unobserved.
 
     Raises
     ------
     ValueError
-        In the forward pass, where attention is not plain causal: padding, a sliding window, a soft cap, learned sinks,
-        a bias by position, an encoder.
+        In the forward pass, where attention is not plain causal: a soft cap, learned sinks, a bias by position, an
+        encoder; and, unless `plain_only`, padding or a sliding window.
     """
     base: Any = model
 
     def pass_on(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, {**kwargs, "observer": _Observer(receive)}
+        return args, {**kwargs, "observer": _Observer(receive, plain_only)}
 
     with attending_by(base, IMPLEMENTATION, _observed_attention):
         handle = base.get_decoder().register_forward_pre_hook(pass_on, with_kwargs=True)
@@ -80,10 +83,11 @@ def _observed_attention(
         raise ValueError("attention with a soft cap, learned sinks or a bias by position cannot be observed")
     if not getattr(module, "is_causal", True):
         raise ValueError("attention that looks ahead, as an encoder's does, cannot be observed")
-    if attention_mask is not None:  # SDPA gets none where attention is plain causal
+    plain = attention_mask is None  # SDPA gets none where attention is plain causal
+    if observer is None or (observer.plain_only and not plain):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if not plain:
         raise ValueError("attention with a mask of its own (padding, a sliding window) cannot be observed")
-    if observer is None:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
     return _attend_observed(observer, module, query, key, value, scaling, **kwargs)
 
 

@@ -12,9 +12,9 @@ from sparsekv.training.scheduler import KeepRatioScheduler, SchedulerMode, make_
 
 
 def default_rules() -> dict[str, float]:
-    """A mixture of what presses look at: positions, keys, attention, and chance."""
-    names = ("anchor", "random", "streaming_llm", "snapkv", "tova", "knorm", "keydiff", "expected_attention")
-    return dict.fromkeys(names, 1.0)
+    """A mixture of what presses look at: positions, keys, attention, chance; what is learned slowest weighs most."""
+    once = dict.fromkeys(("anchor", "streaming_llm", "tova", "knorm", "keydiff"), 1.0)
+    return once | {"random": 2.0, "snapkv": 3.0, "expected_attention": 6.0}
 
 
 @dataclass
@@ -87,8 +87,8 @@ class EITConfig:
     patience: int = 3
     step_size: float = 0.05
     lambda_kl: float = 1.0
-    lambda_context: float = 0.0
-    lambda_selection: float = 0.0
+    lambda_context: float = 1.0
+    lambda_selection: float = 3.0
     temperature: float = 1.0
     kl_direction: Direction = "forward"
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
@@ -112,12 +112,12 @@ class EITConfig:
             self.rules = {"anchor_random": 1.0}  # the default mixture looks at later tokens
         require(
             self.lambda_selection == 0 or self.geometry == "two_region",
-            f"--lambda_selection {self.lambda_selection}: needs --geometry two_region, not {self.geometry}",
+            f"--lambda_selection {self.lambda_selection}: needs --geometry two_region, not {self.geometry}; give 0",
         )
         check_rules(list(self.rules), self.geometry)
         require(
             self.lambda_selection == 0 or bool(set(self.rules) & set(SMOOTH_RULES)),
-            f"--lambda_selection {self.lambda_selection}: none of --rules has a score to learn; add one of "
+            f"--lambda_selection {self.lambda_selection}: none of --rules has a score to learn; give 0, or add one of "
             f"{', '.join(SMOOTH_RULES)}",
         )
         require(0 <= self.seed < 2**32, f"--seed {self.seed}: must be at least 0 and below 2**32")

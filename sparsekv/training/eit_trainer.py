@@ -1,4 +1,4 @@
-"""Eviction-invariant training: a full-cache teacher, an evicted-cache student, loss = CE + λ·KL."""
+"""Eviction-invariant training: a full-cache teacher, an evicted-cache student, loss = CE + λ·KL + selection loss."""
 
 import contextlib
 import json
@@ -36,8 +36,8 @@ STAGING = ".staging"
 class EITTrainer(Trainer):
     """`transformers.Trainer` whose loss compares a student under eviction with the full-cache base model.
 
-    Rows carry `input_ids` (Long[B, L]) and optionally `attention_mask`. The teacher is the base with the adapter
-    disabled, or `teacher` when every parameter is trained.
+    Rows carry `input_ids` (Long[B, L]) and optionally `attention_mask`; padded ones need `lambda_selection=0`. The
+    teacher is the base with the adapter disabled, or `teacher` when every parameter is trained.
 
     Parameters
     ----------
@@ -169,8 +169,10 @@ class EITTrainer(Trainer):
             # as attended to: under autocast the rotary embedding leaves queries and keys in float32
             importance[layer] = later_attention(query.to(value.dtype), key.to(value.dtype), scaling, plan.cuts)
 
-        with observing(teacher, receive):
+        with observing(teacher, receive, plain_only=True):  # a layer with a window evicts nothing
             yield
+        if not importance:
+            raise ValueError("the selection loss needs rows without padding; without it, set lambda_selection=0")
         self.eviction.importance = importance
 
     def _selection(self, labels: Tensor, tokens: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ class ForwardEviction:
         rows = torch.zeros(len(self.input_ids), device=self.input_ids.device)
         for loss in self.selection_losses.values():
             rows = rows + loss.to(rows.device)
-        return rows / max(len(self.importance), 1)
+        return rows / max(len(self.selection_losses), 1)
 
     def mask(self, module: nn.Module, key: Tensor, value: Tensor) -> Tensor:
         """Bool[B, G, L, L]: the layer's allowed pairs, by the dense reference."""

@@ -18,7 +18,6 @@ from transformers.integrations import get_available_reporting_integrations
 from sparsekv.data import build_datasets, parse_sources
 from sparsekv.errors import UserError, require
 from sparsekv.models import PLACEMENTS, attach_lora, load_model, load_tokenizer
-from sparsekv.observe import check_observable
 from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, StopCallback
 from sparsekv.training.compiled import compile_layers, compile_logit_sums
 from sparsekv.training.config import TrainConfig
@@ -175,11 +174,6 @@ def _check_architecture(trainer: EITTrainer, config: TrainConfig, rows: Dataset)
             evicting.update(eviction.last.keeps)
     if trainer.args.should_log and not config.control:
         _say_what_stays(trainer.base, config.model, evicting)
-    if config.selects:
-        try:
-            check_observable(trainer.base, config.model, config.max_seq_len)
-        except UserError as error:
-            raise UserError(f"--lambda_selection {config.lambda_selection:g}: needs another model; {error}") from error
 
 
 def _say_what_stays(base: PreTrainedModel, name: str, evicting: Set[int]) -> None:

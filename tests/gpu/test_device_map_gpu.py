@@ -50,7 +50,7 @@ def losses(out: Path, on_two_devices: bool) -> list[float]:
         report_to=[],
         use_cpu=not on_two_devices,
     )
-    config = EITConfig(scheduler_mode="fixed", num_cuts=2, min_cut=0.6, lambda_context=0.5)
+    config = EITConfig(scheduler_mode="fixed", num_cuts=2, min_cut=0.6, lambda_context=0.5, lambda_selection=0)
     trainer = EITTrainer(adapted, config, make_tiny_tokenizer(), args, train_dataset=rows)
     trainer.train()
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]

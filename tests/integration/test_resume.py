@@ -198,7 +198,7 @@ def test_a_killed_process(options, uninterrupted, tmp_path):
         "main(sys.argv[1:])\n"
     )
     arguments = ["train", *as_flags({**options, "output_dir": str(out)})]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}  # as here
     killed = subprocess.run([sys.executable, script, *arguments], capture_output=True, env=environment, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(path.name for path in out.glob("*point-*")) == ["checkpoint-2"]
@@ -233,7 +233,7 @@ def test_another_signal_while_a_checkpoint_is_written(options, uninterrupted, tm
     out = tmp_path / "out"
     (tmp_path / "slow.py").write_text(SAVES_SLOWLY)
     arguments = ["train", *as_flags({**options, "output_dir": str(out)})]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}  # as here
     process = subprocess.Popen([sys.executable, "slow.py", str(seconds), *arguments], cwd=tmp_path, env=environment)
     while not (tmp_path / "saving").exists():
         time.sleep(0.05)
@@ -306,7 +306,7 @@ def contents(out: Path) -> dict[Path, bytes]:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("lr", 0.02), ("rules", {"anchor": 1.0}), ("max_steps", 9), ("anchors", {"sink_size": 3}), ("control", True)],
+    [("lr", 0.02), ("rules", {"tova": 1.0}), ("max_steps", 9), ("anchors", {"sink_size": 3}), ("control", True)],
 )
 def test_other_options_are_refused(options, half, name, value):
     before = contents(half)
@@ -318,10 +318,10 @@ def test_other_options_are_refused(options, half, name, value):
 def test_a_run_from_before_an_option_existed_has_its_default(options, uninterrupted, half):
     file = half / "eit_config.json"
     record = json.loads(file.read_text("utf-8"))
-    del record["config"]["lambda_selection"], record["config"]["compile"]
+    del record["config"]["temperature"], record["config"]["compile"]
     file.write_text(json.dumps(record), "utf-8")
-    with pytest.raises(UserError, match=rf"^--resume: {half} .*: --lambda_selection 0.5 \(was 0.0\)$"):
-        train(train_config(options, half, resume=True, lambda_selection=0.5))
+    with pytest.raises(UserError, match=rf"^--resume: {half} .*: --temperature 2.0 \(was 1.0\)$"):
+        train(train_config(options, half, resume=True, temperature=2.0))
     shutil.rmtree(half / "checkpoint-7")
     train(train_config(options, half, resume=True))
     assert_same_run(uninterrupted, half)

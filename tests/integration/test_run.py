@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from sparsekv.errors import UserError
 from sparsekv.models import merge_adapter
 from sparsekv.training import run
+from sparsekv.training.eviction import ForwardEviction
 from sparsekv.training.kv_dropout import KVDropoutContext
 from sparsekv.training.run import train
 
@@ -118,7 +119,7 @@ def test_the_record(finished, options):
     record = json.loads((out / "final" / "eit_config.json").read_text("utf-8"))
     assert record["config"]["seed"] == 0
     assert record["config"]["anchors"]["recent_size"] == 4
-    assert record["config"]["rules"]["snapkv"] == 1.0
+    assert record["config"]["rules"]["snapkv"] == 3.0
     assert {"sparsekv", "torch", "transformers", "peft", "kvpress", "accelerate", "datasets"} == set(record["versions"])
     assert "commit" in record
     assert len(record["data_fingerprint"]) == 64
@@ -200,7 +201,7 @@ def test_full_fine_tuning_on_the_selection_loss_alone(options, tmp_path):
 
 @pytest.mark.parametrize("geometry", ["streaming", "global"])
 def test_other_geometries(options, tmp_path, geometry):
-    final = train(train_config(options, tmp_path / "out", geometry=geometry, max_steps=2))
+    final = train(train_config(options, tmp_path / "out", geometry=geometry, lambda_selection=0, max_steps=2))
     assert (final / "adapter_model.safetensors").exists()
     assert all(line["actual_keep_ratio"] < 1 for line in lines(tmp_path / "out") if "loss" in line)
 
@@ -288,13 +289,20 @@ def test_a_full_disk(options, tmp_path, kilobytes, reason):
     assert (tmp_path / "out").exists() == bool(left)
 
 
-def test_a_model_whose_attention_cannot_be_observed_takes_no_selection_loss(options, tmp_path):
-    options = {**options, "model": save_tiny(tmp_path / "base", "gemma3"), "rules": {"knorm": 1.0}, "max_steps": 1}
-    line = rf"^--lambda_selection 0.5: .*--model {options['model']}: has layers that see 8 tokens"
-    with pytest.raises(UserError, match=line):
-        train(train_config(options, tmp_path / "out", lambda_selection=0.5))
-    assert not (tmp_path / "out").exists()
-    assert train(train_config(options, tmp_path / "out", lambda_selection=0.5, control=True)).is_dir()
+def test_the_selection_loss_is_that_of_the_layers_that_evict(options, tmp_path, monkeypatch):
+    """Of a Gemma 3, those without a sliding window; of any model, not those that go their own way."""
+    options = {**options, "rules": {"knorm": 1.0}, "max_steps": 1}
+    asked: list[set[int]] = []
+    plain = ForwardEviction.selection_loss
+    monkeypatch.setattr(
+        ForwardEviction, "selection_loss", lambda self: asked.append(set(self.selection_losses)) or plain(self)
+    )
+    for name, layers in (("gemma3", {1}), ("llama", {0, 1})):
+        train(train_config(options, tmp_path / name, model=save_tiny(tmp_path / f"base-{name}", name)))
+        assert asked
+        assert all(found == layers for found in asked), name
+        assert all(line["selection"] > 0 for line in lines(tmp_path / name) if "loss" in line)
+        asked.clear()
 
 
 def test_layers_that_evict_nothing_are_named(options, tmp_path, monkeypatch, caplog):

@@ -13,7 +13,7 @@ from sparsekv.errors import UserError
 from sparsekv.models import attach_lora
 from sparsekv.training import eit_trainer
 from sparsekv.training.anchor import AnchorConfig
-from sparsekv.training.config import EITConfig
+from sparsekv.training.config import EITConfig, default_rules
 from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.kv_dropout import KVDropoutContext
 
@@ -131,7 +131,13 @@ def loss_by_hand(model, teacher_logits, inputs, plan, keeps, config):
 def test_loss_and_gradient_equal_the_plain_formula(tmp_path, tiny_tokenizer, padded, num_cuts):
     """Also for a mean over tokens: λ = 1 weighs a token's KL as its CE, whatever the length and padding."""
     config = EITConfig(
-        num_cuts=num_cuts, lambda_kl=0.7, lambda_context=0.3, temperature=2.0, anchors=ANCHORS, ratio_draw="ceiling"
+        num_cuts=num_cuts,
+        lambda_kl=0.7,
+        lambda_context=0.3,
+        lambda_selection=0,
+        temperature=2.0,
+        anchors=ANCHORS,
+        ratio_draw="ceiling",
     )
     data = rows(4, padded)
     trainer = make_trainer(tmp_path, tiny_tokenizer, config, data=data, gradient_accumulation_steps=1)
@@ -191,12 +197,14 @@ def test_the_loss_asks_the_device_for_them_only_where_something_is(tmp_path, tin
 
 
 def mixture(**changes) -> EITConfig:
-    return EITConfig(**{"num_cuts": 2, "lambda_context": 0.5, "anchors": ANCHORS, "min_keep_ratio": 0.2, **changes})
+    """Every default rule as often; without the selection loss, which has neither padding nor another geometry."""
+    plain = {"num_cuts": 2, "lambda_context": 0.5, "lambda_selection": 0, "rules": dict.fromkeys(default_rules(), 1.0)}
+    return EITConfig(**plain | {"anchors": ANCHORS, "min_keep_ratio": 0.2} | changes)
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_accumulation_changes_nothing(tmp_path, tiny_tokenizer, padded):
-    """1 x 8 = 8 x 1, with the default mixture of rules, and with clipping that binds."""
+    """1 x 8 = 8 x 1, with a mixture of rules, and with clipping that binds."""
     runs = []
     for batch, accumulation in ((8, 1), (1, 8)):
         trainer = make_trainer(

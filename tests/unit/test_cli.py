@@ -448,7 +448,7 @@ def test_compare(monkeypatch, capsys, tmp_path):
         ({"rules": "{nope: 1}"}, "--rules names 'nope'"),
         ({"rules": "{anchor: 0}"}, "--rules gives 'anchor'"),
         ({"rules": "{}"}, "--rules is empty"),
-        ({"geometry": "streaming", "rules": "{snapkv: 1}"}, "--rules"),
+        ({"geometry": "streaming", "lambda_selection": 0, "rules": "{snapkv: 1}"}, "--rules"),
         ({"device_map": "cuda:7"}, "--device_map cuda:7"),
         ({"device_map": "nowhere"}, "--device_map nowhere"),
         ({"dtype": "int8"}, "--dtype int8"),

@@ -136,12 +136,12 @@ def test_a_training_of_a_version_without_some_option_is_done(site, capsys):
     finish_training("train")
     record = Path("out/trained/final/eit_config.json")
     config = json.loads(record.read_text())["config"]
-    del config["lambda_selection"]
+    del config["temperature"]
     record.write_text(json.dumps({"config": config}))
     assert submit("pipeline", "--model", "tiny", "--dry-run") == 0
     assert "phase 2 train: done" in capsys.readouterr().out
-    record.write_text(json.dumps({"config": config | {"lambda_selection": 1.0}}))
-    assert "--lambda_selection 1.0, now 0.0" in failure(capsys, "submit", "pipeline", "--model", "tiny", "--dry-run")
+    record.write_text(json.dumps({"config": config | {"temperature": 2.0}}))
+    assert "--temperature 2.0, now 1.0" in failure(capsys, "submit", "pipeline", "--model", "tiny", "--dry-run")
 
 
 def test_cells_of_another_adapter_or_question_are_refused(site, capsys):

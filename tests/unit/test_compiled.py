@@ -55,7 +55,8 @@ def trainer_of(tmp_path, tiny_tokenizer):
             disable_tqdm=True,
         )
         data = Dataset.from_dict({"input_ids": ids})
-        config = EITConfig(anchors=AnchorConfig(recent_size=8), rules=RULES, min_cut=0.7, num_cuts=2, **options)
+        plain = {"rules": RULES, "min_cut": 0.7, "num_cuts": 2, "lambda_context": 0, "lambda_selection": 0}
+        config = EITConfig(anchors=AnchorConfig(recent_size=8), **plain | options)
         return EITTrainer(model, config, tiny_tokenizer, args, train_dataset=data, eval_dataset=data.select([0, 1]))
 
     return make
@@ -81,6 +82,7 @@ def gradients(trainer):
         pytest.param("llama", {"lambda_selection": 0.5}, marks=SLOW),
         pytest.param("qwen3", {}, marks=SLOW),
         pytest.param("gemma3", {}, marks=SLOW),
+        pytest.param("gemma3", {"lambda_selection": 0.5}, marks=SLOW),
     ],
 )
 def test_losses_gradients_and_evaluations_are_the_same(family, options, trainer_of):

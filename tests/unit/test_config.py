@@ -97,10 +97,10 @@ def test_cuts_must_fit_the_row():
 
 def test_streaming_takes_a_rule_that_it_can_use():
     """The default mixture scores with the context's end, which a stream does not know; one that is asked for stays."""
-    assert EITConfig(geometry="streaming").rules == {"anchor_random": 1.0}
-    assert EITConfig(geometry="global").rules == default_rules()
+    assert EITConfig(geometry="streaming", lambda_selection=0).rules == {"anchor_random": 1.0}
+    assert EITConfig(geometry="global", lambda_selection=0).rules == default_rules()
     with pytest.raises(UserError, match="--rules"):
-        EITConfig(geometry="streaming", rules={"snapkv": 1.0})
+        EITConfig(geometry="streaming", rules={"snapkv": 1.0}, lambda_selection=0)
 
 
 def test_mutable_defaults_are_not_shared():

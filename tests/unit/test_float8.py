@@ -57,7 +57,8 @@ def trainer_of(tmp_path, tiny_tokenizer, any_device):
             disable_tqdm=True,
         )
         ids = torch.randint(5, 320, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1)).tolist()
-        config = EITConfig(anchors=AnchorConfig(recent_size=8), rules={"streaming_llm": 1}, **options)
+        plain = {"anchors": AnchorConfig(recent_size=8), "rules": {"streaming_llm": 1}, "lambda_selection": 0}
+        config = EITConfig(**plain | options)
         data = Dataset.from_dict({"input_ids": ids})
         trainer = EITTrainer(with_adapter(), config, tiny_tokenizer, args, train_dataset=data)
         if convert:
