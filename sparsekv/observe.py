@@ -83,11 +83,10 @@ def _observed_attention(
         raise ValueError("attention with a soft cap, learned sinks or a bias by position cannot be observed")
     if not getattr(module, "is_causal", True):
         raise ValueError("attention that looks ahead, as an encoder's does, cannot be observed")
-    plain = attention_mask is None  # SDPA gets none where attention is plain causal
-    if observer is None or (observer.plain_only and not plain):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if not plain:
+    if attention_mask is not None and (observer is None or not observer.plain_only):  # SDPA gets none if plain causal
         raise ValueError("attention with a mask of its own (padding, a sliding window) cannot be observed")
+    if attention_mask is not None or observer is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return _attend_observed(observer, module, query, key, value, scaling, **kwargs)
 
 

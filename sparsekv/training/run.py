@@ -18,6 +18,7 @@ from transformers.integrations import get_available_reporting_integrations
 from sparsekv.data import build_datasets, parse_sources
 from sparsekv.errors import UserError, require
 from sparsekv.models import PLACEMENTS, attach_lora, load_model, load_tokenizer
+from sparsekv.observe import observing
 from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, StopCallback
 from sparsekv.training.compiled import compile_layers, compile_logit_sums
 from sparsekv.training.config import TrainConfig
@@ -174,6 +175,13 @@ def _check_architecture(trainer: EITTrainer, config: TrainConfig, rows: Dataset)
             evicting.update(eviction.last.keeps)
     if trainer.args.should_log and not config.control:
         _say_what_stays(trainer.base, config.model, evicting)
+    if config.selects:
+        try:
+            with torch.no_grad(), observing(trainer.base, lambda *_: None, plain_only=True):
+                trainer.base.get_decoder()(input_ids=ids, use_cache=False)
+        except ValueError as error:
+            flag = f"--lambda_selection {config.lambda_selection:g}"
+            raise UserError(f"{flag}: does not work with --model {config.model}, give 0: {error}") from error
 
 
 def _say_what_stays(base: PreTrainedModel, name: str, evicting: Set[int]) -> None:

@@ -290,7 +290,7 @@ def test_a_full_disk(options, tmp_path, kilobytes, reason):
 
 
 def test_the_selection_loss_is_that_of_the_layers_that_evict(options, tmp_path, monkeypatch):
-    """Of a Gemma 3, those without a sliding window; of any model, not those that go their own way."""
+    """Of a Gemma 3 those without a sliding window, of a Llama all."""
     options = {**options, "rules": {"knorm": 1.0}, "max_steps": 1}
     asked: list[set[int]] = []
     plain = ForwardEviction.selection_loss
@@ -303,6 +303,20 @@ def test_the_selection_loss_is_that_of_the_layers_that_evict(options, tmp_path, 
         assert all(found == layers for found in asked), name
         assert all(line["selection"] > 0 for line in lines(tmp_path / name) if "loss" in line)
         asked.clear()
+
+
+def test_a_model_whose_attention_cannot_be_observed_takes_no_selection_loss(options, tmp_path, monkeypatch):
+    def looking_ahead(*args):
+        trainer = make_trainer(*args)
+        trainer.base.model.layers[1].self_attn.is_causal = False
+        return trainer
+
+    make_trainer = run._make_trainer
+    monkeypatch.setattr(run, "_make_trainer", looking_ahead)
+    line = rf"^--lambda_selection 3: .*--model {options['model']}, give 0: attention that looks ahead"
+    with pytest.raises(UserError, match=line):
+        train(train_config(options, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_layers_that_evict_nothing_are_named(options, tmp_path, monkeypatch, caplog):

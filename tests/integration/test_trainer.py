@@ -222,6 +222,12 @@ def test_accumulation_changes_nothing(tmp_path, tiny_tokenizer, padded):
             assert line[figure] == pytest.approx(wanted[figure], rel=1e-4), figure
 
 
+def test_padded_rows_have_no_selection_loss(tmp_path, tiny_tokenizer):
+    trainer = make_trainer(tmp_path, tiny_tokenizer, mixture(lambda_selection=0.3), data=rows(4, padded=True))
+    with pytest.raises(ValueError, match="needs rows without padding; without it, set lambda_selection=0"):
+        trainer.train()
+
+
 def test_logged_parts_add_up(tmp_path, tiny_tokenizer):
     """The figures are of the whole step and not of its last micro-batch."""
     config = mixture(lambda_kl=0.7, lambda_selection=0.3, rules={"knorm": 1.0, "tova": 1.0})

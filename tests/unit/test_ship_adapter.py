@@ -46,8 +46,8 @@ def test_one_line_and_nothing_written(final, tmp_path):
         main(final, final)
 
 
-def test_what_is_shipped_is_small_and_of_the_recipe(tmp_path):
-    """Of the one before today's, which no adapter of all its steps is evaluated by yet (docs/lab_notebook.md, 10)."""
+def test_what_is_shipped_is_small_and_of_the_recipe_before(tmp_path):
+    """Today's is one that no adapter of all its steps was evaluated by (docs/lab_notebook.md, 10)."""
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 8e6
     record = json.loads((SHIPPED / "eit_config.json").read_text("utf-8"))
     recipe = Path(__file__).parents[2] / "configs/smollm2_135m.yaml"
