@@ -14,7 +14,7 @@ from sparsekv.training.scheduler import KeepRatioScheduler, SchedulerMode, make_
 def default_rules() -> dict[str, float]:
     """A mixture of what presses look at: positions, keys, attention, chance; what is learned slowest weighs most."""
     once = dict.fromkeys(("anchor", "streaming_llm", "tova", "knorm", "keydiff"), 1.0)
-    return once | {"random": 2.0, "snapkv": 3.0, "expected_attention": 6.0}
+    return once | {"random": 2.0, "snapkv": 6.0, "expected_attention": 6.0}
 
 
 @dataclass
