@@ -4,16 +4,16 @@
 #   scripts/ablate.sh [NAME ...]        # AT_ONCE=4 of them at a time, on one GPU
 #
 # Each is a short run of configs/smollm2_135m.yaml, with what differs in its line. `control` is trained with any of them, and
-# the same rows are asked of the base. Needs out/debian_text.jsonl and out/held.jsonl (results/headline/README.md). The
-# same command once more goes on with what is not done, and compares what is. Logs lie in out/ablations/log.
+# the same rows are asked of the base. The same command once more goes on with what is not done, and compares what is.
+# Logs lie in out/ablations/log.
 # shellcheck disable=SC2329  # functions are for the shells that xargs starts
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=scripts/results_lib.sh
+source scripts/results_lib.sh
 steps=100
 failed=0
 runs=configs/ablations.txt
-presses=snapkv,streaming_llm,critical_snapkv,kvzip,knorm,keydiff,expected_attention,random,anchor
-ratios=0.3,0.5,0.7
 
 evaluate() { # NAME [option ...]
     local name=$1
@@ -58,21 +58,18 @@ chosen() { # [NAME ...]
 
 list=$(chosen "$@")
 mkdir -p out/ablations/log
+make_texts
 export -f one train evaluate
 export steps presses ratios
 # shellcheck disable=SC2016  # for the shell that xargs starts
 xargs -P "${AT_ONCE:-4}" -L 1 bash -c 'one "$@"' _ <<< "$list" || failed=1
-keep() { # NAME FOLDER: the record of its training
-    mkdir -p "$2/training/$1"
-    cp "out/ablations/$1"/{eit_config.json,metrics.jsonl} "$2/training/$1"
-}
 done_with() { [[ -e out/ablations/log/$1.done ]]; }
 while read -r name _; do
     if [[ $name == base || $name == control ]] || ! { done_with base && done_with control && done_with "$name"; }; then
         continue
     fi
     sparsekv compare out/ablations/eval/{base,control,"$name"} --output "results/ablations/$name"
-    keep "$name" "results/ablations/$name"
-    keep control results/ablations
+    keep_record "out/ablations/$name" "results/ablations/$name/training/$name"
+    keep_record out/ablations/control results/ablations/training/control
 done <<< "$list"
 exit "$failed"

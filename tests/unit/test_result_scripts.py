@@ -1,0 +1,138 @@
+"""scripts/headline.sh and scripts/ablate.sh, which make what results/ keeps; `sparsekv` and `python` are stand-ins."""
+
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SPARSEKV = """#!/usr/bin/env bash
+echo "${CUDA_VISIBLE_DEVICES:-} $*" >> calls
+[[ -n ${FAIL:-} && "$*" == *"$FAIL"* ]] && { echo "no memory" >&2; exit 1; }
+while (($#)); do
+    if [[ $1 == --output_dir ]]; then
+        mkdir -p "$2/final"
+        touch "$2"/{final/adapter_model.safetensors,eit_config.json,metrics.jsonl}
+    fi
+    shift
+done
+true
+"""
+PYTHON = """#!/usr/bin/env bash
+echo "python $*" >> calls
+case $1 in
+    scripts/debian_text.py) printf '1\\n2\\n3\\n4\\n5\\n' | tee "$3" > "$5" ;;
+    scripts/self_chat.py) touch "$3" ;;
+    scripts/ship_adapter.py) mkdir "$3" ;;
+esac
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """The scripts and what they read, with stand-ins that note how they are called."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "bin").mkdir()
+    for name, text in {"sparsekv": SPARSEKV, "python": PYTHON}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    return tmp_path
+
+
+def run(project, script, *arguments, **environment):
+    """The ended script and the calls it made, in their order."""
+    (project / "calls").write_text("")
+    environment = {"PATH": f"{project / 'bin'}:/usr/bin:/bin", **environment}
+    command = ["bash", str(project / "scripts" / script), *arguments]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return ended, (project / "calls").read_text().splitlines()
+
+
+def value(call, option):
+    words = call.split()
+    return words[words.index(option) + 1] if option in words else None
+
+
+def test_headline_trains_on_every_gpu_and_evaluates_and_compares_all(project):
+    ended, calls = run(project, "headline.sh", GPUS="5,7", PER_GPU="3")
+    assert ended.returncode == 0, ended.stderr
+    trained = [call for call in calls if " train " in call]
+    assert sorted(
+        (value(call, "--output_dir"), value(call, "--seed"), value(call, "--control")) for call in trained
+    ) == [
+        (f"out/{kind}-{seed}", str(seed), control)
+        for kind, control in (("control", "true"), ("trained", "false"))
+        for seed in range(3)
+    ]
+    evaluated = [call for call in calls if " eval " in call]
+    assert {call.split()[0] for call in trained} == {call.split()[0] for call in evaluated} == {"5", "7"}
+    kinds = Counter(
+        (value(call, "--out"), value(call, "--context_length"), value(call, "--benchmark")) for call in evaluated
+    )
+    assert set(kinds.values()) == {4}  # processes share each
+    assert len(kinds) == 7 * 2 + 3 * 3
+    adapters = {(value(call, "--out"), value(call, "--adapter")) for call in evaluated}
+    assert adapters >= {
+        ("out/eval/base", None),
+        ("out/tasks/trained-0", "out/shipped"),
+        ("out/eval/control-2", "out/control-2/final"),
+    }
+    assert len({out for out, _ in adapters}) == len(adapters) == 7 + 2 * 3
+    control, shipped = (",".join(f"out/eval/{kind}-{seed}" for seed in range(3)) for kind in ("control", "trained"))
+    assert [call.strip() for call in calls[-3:]] == [
+        f"compare out/eval/base {control} {shipped} --output results/headline",
+        "compare out/lengths/base out/lengths/control-0 out/lengths/trained-0 --output results/beyond/lengths",
+        "compare out/tasks/base out/tasks/control-0 out/tasks/trained-0 --output results/beyond/tasks",
+    ]
+    assert (project / "results/headline/training/control-1/metrics.jsonl").exists()
+    assert (project / "out/held.jsonl").read_text().split() == ["2", "3", "4"]
+    assert (project / "out/val_text.jsonl").read_text().split() == ["1", "5"]
+
+    again, calls = run(project, "headline.sh", GPUS="5", PER_GPU="3")
+    assert again.returncode == 0
+    assert Counter(call.split()[-1] if "python" in call else call.split()[0] for call in calls) == {
+        "5": len(evaluated),
+        "compare": 3,
+    }
+
+
+def test_headline_compares_nothing_when_a_training_fails_and_goes_on_later(project):
+    ended, calls = run(project, "headline.sh", GPUS="0", FAIL="out/trained-1")
+    assert ended.returncode != 0
+    assert ended.stderr.strip() == "scripts/headline.sh: failed: out/headline/trained-1.log"
+    assert "no memory" in (project / "out/headline/trained-1.log").read_text()
+    assert sum(" train " in call for call in calls) == 6
+    assert not any(" eval " in call or "compare" in call for call in calls)
+    ended, calls = run(project, "headline.sh", GPUS="0")
+    assert ended.returncode == 0
+    assert [value(call, "--output_dir") for call in calls if " train " in call] == ["out/trained-1"]
+
+
+def test_headline_needs_a_gpu(project):
+    (project / "bin/nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    (project / "bin/nvidia-smi").chmod(0o755)
+    ended, calls = run(project, "headline.sh")
+    assert ended.returncode == 2
+    assert ended.stderr == "scripts/headline.sh: nvidia-smi finds no GPU; name those to use, such as GPUS=0,1\n"
+    assert not calls
+
+
+def test_ablate_runs_what_is_named_beside_its_control(project):
+    ended, calls = run(project, "ablate.sh", "one_cut", AT_ONCE="1")
+    assert ended.returncode == 0, ended.stderr
+    assert [value(call, "--output_dir") for call in calls if " train " in call] == [
+        "out/ablations/control",
+        "out/ablations/one_cut",
+    ]
+    assert calls[-1].split()[-2:] == ["--output", "results/ablations/one_cut"]
+    assert (project / "results/ablations/one_cut/training/one_cut/eit_config.json").exists()
+    assert (project / "results/ablations/training/control/eit_config.json").exists()
+
+
+def test_ablate_refuses_an_unknown_name(project):
+    ended, calls = run(project, "ablate.sh", "no_such_line")
+    assert (ended.returncode, ended.stderr) == (2, "scripts/ablate.sh no_such_line: is not in configs/ablations.txt\n")
+    assert not calls
