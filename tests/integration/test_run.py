@@ -15,16 +15,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from sparsekv.errors import UserError
 from sparsekv.models import merge_adapter
 from sparsekv.training import run
+from sparsekv.training.config import default_rules
 from sparsekv.training.eviction import ForwardEviction
 from sparsekv.training.kv_dropout import KVDropoutContext
 from sparsekv.training.run import train
 
+RULES = dict.fromkeys(("anchor", "random", "streaming_llm", "knorm", "keydiff", "expected_attention"), 1.0)
 IDS = torch.randint(5, 320, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory) -> dict:
-    return run_options(tmp_path_factory.mktemp("inputs"))
+    """With presses that evict from contexts as short as these, which one with an observation window does not."""
+    return run_options(tmp_path_factory.mktemp("inputs")) | {"rules": RULES}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +122,7 @@ def test_the_record(finished, options):
     record = json.loads((out / "final" / "eit_config.json").read_text("utf-8"))
     assert record["config"]["seed"] == 0
     assert record["config"]["anchors"]["recent_size"] == 4
-    assert record["config"]["rules"]["snapkv"] == 3.0
+    assert record["config"]["rules"] == RULES
     assert {"sparsekv", "torch", "transformers", "peft", "kvpress", "accelerate", "datasets"} == set(record["versions"])
     assert "commit" in record
     assert len(record["data_fingerprint"]) == 64
@@ -201,7 +204,8 @@ def test_full_fine_tuning_on_the_selection_loss_alone(options, tmp_path):
 
 @pytest.mark.parametrize("geometry", ["streaming", "global"])
 def test_other_geometries(options, tmp_path, geometry):
-    final = train(train_config(options, tmp_path / "out", geometry=geometry, lambda_selection=0, max_steps=2))
+    changes = {"geometry": geometry, "rules": default_rules(), "lambda_selection": 0, "max_steps": 2}
+    final = train(train_config(options, tmp_path / "out", **changes))
     assert (final / "adapter_model.safetensors").exists()
     assert all(line["actual_keep_ratio"] < 1 for line in lines(tmp_path / "out") if "loss" in line)
 
