@@ -31,7 +31,7 @@ run_on_gpu() { # LOG COMMAND [argument ...]: on the GPU of this xargs slot
     return 1
 }
 
-on_gpus() { # PROCESSES: a line of standard input each, a log's name and a command
+on_gpus() { # PROCESSES: a line of standard input each, a log's name and a command; xargs would join one that ends in a blank
     # shellcheck disable=SC2016  # for the shell that xargs starts
     xargs -r -P "$1" --process-slot-var=SLOT -L 1 bash -c 'run_on_gpu "$@"' _
 }
@@ -48,30 +48,30 @@ trainings() {
 }
 
 evaluations() {
-    local run adapter two=niah_single_1,niah_single_2 more=niah_multikey_2,niah_multivalue,niah_multiquery,fwe
+    local run two=niah_single_1,niah_single_2
     for run in base {trained,control}-{0,1,2}; do
-        case $run in
-            base) adapter= ;;
-            trained-0) adapter=out/shipped ;;
-            *) adapter=out/$run/final ;;
-        esac
-        needles() { # FOLDER LENGTH SAMPLES TASKS [NEW TOKENS]
-            evaluate "$run" "$1" "$adapter" --context_length "$2" --benchmark ruler-local --num_samples "$3" \
-                --tasks "$4" --max_new_tokens "${5:-16}"
-        }
-        evaluate "$run" eval "$adapter" --context_length 1024 --benchmark perplexity --data_dir out/held.jsonl --num_samples 100
-        needles eval 1024 200 $two,niah_multikey_1
+        evaluate "$run" eval --context_length 1024 --benchmark perplexity --data_dir out/held.jsonl --num_samples 100
+        needles "$run" eval 1024 200 16 $two,niah_multikey_1
         if [[ $run == base || $run == *-0 ]]; then
-            needles lengths 2048 100 $two,niah_multikey_1
-            needles lengths 4096 100 niah_single_2
-            needles tasks 1024 100 $more 48
+            needles "$run" lengths 2048 100 16 $two,niah_multikey_1
+            needles "$run" lengths 4096 100 16 niah_single_2
+            needles "$run" tasks 1024 100 48 niah_multikey_2,niah_multivalue,niah_multiquery,fwe
         fi
     done
 }
 
-evaluate() { # RUN FOLDER ADAPTER [option ...]: a line for each of the processes that share it
-    local run=$1 folder=$2 adapter=${3:+--adapter $3} process
-    shift 3
+needles() { # RUN FOLDER LENGTH ROWS NEW_TOKENS TASKS
+    evaluate "$1" "$2" --context_length "$3" --benchmark ruler-local --num_samples "$4" --max_new_tokens "$5" --tasks "$6"
+}
+
+evaluate() { # RUN FOLDER option ...: a line for each of the processes that share it
+    local run=$1 folder=$2 adapter process
+    shift 2
+    case $run in
+        base) adapter= ;;
+        trained-0) adapter="--adapter out/shipped" ;;
+        *) adapter="--adapter out/$run/final" ;;
+    esac
     for ((process = 0; process < share; process++)); do
         echo "$folder-$run sparsekv eval --model smollm2-135m $adapter --presses $presses --ratios $ratios --dtype bfloat16" \
             "--memory_budget_gib 3 --view_tokens 0 --out out/$folder/$run $*"

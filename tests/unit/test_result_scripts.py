@@ -93,10 +93,8 @@ def test_headline_trains_on_every_gpu_and_evaluates_and_compares_all(project):
 
     again, calls = run(project, "headline.sh", GPUS="5", PER_GPU="3")
     assert again.returncode == 0
-    assert Counter(call.split()[-1] if "python" in call else call.split()[0] for call in calls) == {
-        "5": len(evaluated),
-        "compare": 3,
-    }
+    assert len([call for call in calls if " eval " in call]) == len(evaluated)  # they find what is done
+    assert not [call for call in calls if " train " in call or "python" in call]
 
 
 def test_headline_compares_nothing_when_a_training_fails_and_goes_on_later(project):
