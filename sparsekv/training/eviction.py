@@ -47,8 +47,8 @@ class ForwardEviction:
         Entries that a head keeps at a cut, in every row on average over its heads; None when rows differ.
     even : dict of layer → bool
         Whether every head keeps that number at every cut.
-    selection_losses : dict of layer → Float32[B]
-        The selection loss of each row, mean over cuts; a cut whose rule has no score with a gradient adds 0.
+    ranked : dict of layer → list of Kept
+        Of the layers with `importance`: what was decided at each cut, with the scores that the selection loss moves.
     recomputed : bool
         Whether a layer came a second time, as in the backward pass under gradient checkpointing.
     """
@@ -69,7 +69,7 @@ class ForwardEviction:
         self.counts: dict[int, list[int | None]] = {}
         self.even: dict[int, bool] = {}
         self.importance = importance
-        self.selection_losses: dict[int, Tensor] = {}
+        self.ranked: dict[int, list[Kept]] = {}
         self.recomputed = False
         random_rules = {"random", "anchor_random"} & set(plan.rules)
         unused = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
@@ -98,12 +98,11 @@ class ForwardEviction:
         seed = self.plan.seed + layer if set(SKETCHING_RULES) & set(self.plan.rules) else None
         with scoring(module, key.device, seed, differentiable=layer in self.importance):
             decided = [self._keep(place, context) for place, context in enumerate(contexts)]
-        selection = self._selection_loss(layer, decided)
         if layer not in self.keeps:
             self.keeps[layer], self.counts[layer] = [kept.keep for kept in decided], [kept.number for kept in decided]
             self.even[layer] = all(kept.even for kept in decided)
-            if selection is not None:
-                self.selection_losses[layer] = selection
+            if layer in self.importance:
+                self.ranked[layer] = decided
         return self.keeps[layer]
 
     def _keep(self, place: int, context: LayerContext) -> Kept:
@@ -138,23 +137,27 @@ class ForwardEviction:
             for cut in self.plan.cuts or (key.shape[2],)
         ]
 
-    def _selection_loss(self, layer: int, decided: Sequence[Kept]) -> Tensor | None:
-        """Float32[B]: mean over cuts; None where no score has a gradient."""
-        if layer not in self.importance:
-            return None
-        losses = [
-            _loss_at_cut(kept, importance.to(kept.scores.device))
-            for kept, importance in zip(decided, self.importance[layer], strict=True)
-            if kept.scores is not None and kept.scores.requires_grad and kept.number is not None
-        ]
-        return torch.stack(losses).sum(0) / len(decided) if losses else None
-
     def selection_loss(self) -> Tensor:
-        """Float32[B]: each row's selection loss, mean over layers."""
+        """Float32[B]: each row's selection loss, mean over cuts and over the layers with a score that has a gradient.
+
+        A cut whose rule has no such score adds 0. Layers that are alike at a cut are one call: layer by layer, starting
+        its small operations takes longer than all of them.
+        """
+        alike: dict[tuple, list[tuple[int, Tensor]]] = {}
+        layers = set()
+        for layer, decided in self.ranked.items():
+            for place, kept in enumerate(decided):
+                if kept.scores is not None and kept.scores.requires_grad and kept.number is not None:
+                    kind = place, kept.number, kept.even, kept.scores.device
+                    alike.setdefault(kind, []).append((layer, kept.scores))
+                    layers.add(layer)
         rows = torch.zeros(len(self.input_ids), device=self.input_ids.device)
-        for loss in self.selection_losses.values():
-            rows = rows + loss.to(rows.device)
-        return rows / max(len(self.selection_losses), 1)
+        for (place, number, even, device), found in alike.items():
+            scores = torch.cat([scores for _, scores in found])
+            importance = torch.cat([self.importance[layer][place].to(device) for layer, _ in found])
+            losses = _loss_at_cut(scores, number, importance, even)
+            rows = rows + losses.unflatten(0, (len(found), -1)).sum(0).to(rows.device)
+        return rows / max(len(layers) * len(self.plan.cuts), 1)
 
     def mask(self, module: nn.Module, key: Tensor, value: Tensor) -> Tensor:
         """Bool[B, G, L, L]: the layer's allowed pairs, by the dense reference."""
@@ -208,13 +211,11 @@ class ForwardEviction:
         return kept / total
 
 
-def _loss_at_cut(kept: Kept, importance: Tensor) -> Tensor:
+def _loss_at_cut(scores: Tensor, number: int, importance: Tensor, even: bool) -> Tensor:
     """Float32[B]: the selection loss of one cut; over all heads together where they share a budget."""
-    assert kept.scores is not None
-    assert kept.number is not None
-    if kept.even:
-        return selection_loss(kept.scores, kept.number, importance)
-    return selection_loss(kept.scores, kept.number * importance.shape[1], importance.flatten(1)[:, None])
+    if even:
+        return selection_loss(scores, number, importance)
+    return selection_loss(scores, number * importance.shape[1], importance.flatten(1)[:, None])
 
 
 def row_seeds(input_ids: Tensor, real: Tensor | None, seed: int) -> Tensor:

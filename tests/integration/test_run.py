@@ -298,9 +298,7 @@ def test_the_selection_loss_is_that_of_the_layers_that_evict(options, tmp_path, 
     options = {**options, "rules": {"knorm": 1.0}, "max_steps": 1}
     asked: list[set[int]] = []
     plain = ForwardEviction.selection_loss
-    monkeypatch.setattr(
-        ForwardEviction, "selection_loss", lambda self: asked.append(set(self.selection_losses)) or plain(self)
-    )
+    monkeypatch.setattr(ForwardEviction, "selection_loss", lambda self: asked.append(set(self.ranked)) or plain(self))
     for name, layers in (("gemma3", {1}), ("llama", {0, 1})):
         train(train_config(options, tmp_path / name, model=save_tiny(tmp_path / f"base-{name}", name)))
         assert asked

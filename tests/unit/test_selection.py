@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from sparsekv.presses import make_press
-from sparsekv.training.eviction import _loss_at_cut
-from sparsekv.training.rules import SharedBudgetRule
+from sparsekv.training.eviction import ForwardEviction, _loss_at_cut
+from sparsekv.training.plan import EvictionPlan
+from sparsekv.training.rules import Kept, SharedBudgetRule
 from sparsekv.training.selection import later_attention, selection_loss
 
 CUTS = (5, 11, 16)
@@ -146,7 +147,7 @@ def test_heads_that_share_a_budget_learn_which_of_them_needs_more(scores, import
     optimizer = torch.optim.Adam([scores], lr=0.02)
     for _ in range(200):
         optimizer.zero_grad()
-        _loss_at_cut(kept(), importance).sum().backward()
+        _loss_at_cut(kept().scores, 8, importance, even=False).sum().backward()
         assert scores.grad.isfinite().all()
         optimizer.step()
     after = kept().keep
@@ -164,3 +165,29 @@ def test_what_a_press_pins_is_safe_however_far_scores_spread(dtype):
     importance = torch.zeros(1, 1, 100)
     importance[..., :20] = 1.0
     assert selection_loss(scores.requires_grad_(), 30, importance).item() == 0
+
+
+def test_the_loss_of_all_layers_at_once_is_the_mean_of_each():
+    """Layers of unlike budgets, a layer without a score, a cut without one, and heads that share a budget."""
+    plan = EvictionPlan("two_region", (12, 20), ("knorm", "expected_attention"), (0.5, 0.5))
+    generator = torch.Generator().manual_seed(3)
+    importance = {layer: [torch.rand(2, 3, cut, generator=generator) for cut in plan.cuts] for layer in range(4)}
+    eviction = ForwardEviction(plan, None, torch.zeros(2, 24, dtype=torch.long), None, importance)
+
+    def kept(cut, number, even=True):
+        scores = torch.randn(2, 3, cut, generator=generator).requires_grad_()
+        return Kept(torch.ones(0), number, scores if even else scores.flatten(1)[:, None], even)
+
+    unscored = Kept(torch.ones(0), 20)
+    eviction.ranked = {
+        0: [kept(12, 6), kept(20, 10, even=False)],
+        1: [kept(12, 6), kept(20, 10, even=False)],
+        2: [kept(12, 4), unscored],
+        3: [unscored, unscored],
+    }
+    expected = torch.zeros(2)
+    for layer, decided in eviction.ranked.items():
+        for found, weights in zip(decided, importance[layer], strict=True):
+            if found.scores is not None:
+                expected += _loss_at_cut(found.scores, found.number, weights, found.even) / len(plan.cuts) / 3
+    torch.testing.assert_close(eviction.selection_loss(), expected)
