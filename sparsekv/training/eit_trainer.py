@@ -68,6 +68,8 @@ class EITTrainer(Trainer):
         self.base = base_of(model)
         require_plain_head(self.base)
         args.remove_unused_columns = False
+        if args.n_gpu > 1:  # several GPUs in one process: transformers would use DataParallel, which knows no eviction
+            args._n_gpu = 1
         kwargs.setdefault("data_collator", default_data_collator)  # rows are packed: nothing to pad
         super().__init__(model, args, processing_class=tokenizer, **kwargs)
         # The loss is divided by the tokens of the whole optimizer step in `compute_loss` and nowhere else; transformers
@@ -101,8 +103,9 @@ class EITTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a micro-batch, both inside the eviction context (checkpointing recomputes)."""
-        plan = None if self.config.control else self.current_plan(inputs["input_ids"].shape[1])
-        with KVDropoutContext(self.base, plan, self.selector) as self.eviction, training_already(model, self.base):
+        plan = self.current_plan(inputs["input_ids"].shape[1])
+        evicted = None if self.config.control or not plan.evicts else plan
+        with KVDropoutContext(self.base, evicted, self.selector) as self.eviction, training_already(model, self.base):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -160,7 +163,7 @@ class EITTrainer(Trainer):
     @contextlib.contextmanager
     def _noting_importance(self, teacher: PreTrainedModel, plan: EvictionPlan) -> Iterator[None]:
         """Hand the student's forward what the teacher's later queries attend to, where the selection loss is on."""
-        if not self.config.selects:
+        if not self.config.selects or not plan.evicts:
             yield
             return
         importance: dict[int, list[Tensor]] = {}

@@ -42,6 +42,11 @@ class EvictionPlan:
             raise ValueError(f"cuts must be positive and ascend: {self.cuts}")
 
     @property
+    def evicts(self) -> bool:
+        """Whether anything is evicted."""
+        return min(self.keep_ratios) < 1
+
+    @property
     def first_query(self) -> int:
         """The first position whose query sees an evicted cache: what comes before carries no distillation loss."""
         return self.cuts[0] if self.cuts else 0
@@ -57,6 +62,7 @@ class PlanSampler:
         `num_cuts` equal parts with one cut in each.
     ratio_draw : "uniform" draws the keep ratio between the schedule's current value and 1 (that is, the compression
         below its ceiling); "ceiling" takes the schedule's value itself.
+    full_fraction : share of the steps, evenly spread, that evict nothing.
     """
 
     geometry: Geometry
@@ -66,6 +72,7 @@ class PlanSampler:
     max_cut: float
     ratio_draw: RatioDraw
     seed: int
+    full_fraction: float = 0.0
 
     def check(self, length: int) -> None:
         """Raise UserError unless every cut leaves a context and a suffix in rows of `length` tokens."""
@@ -87,6 +94,8 @@ class PlanSampler:
         draws = max(len(cuts), 1)
         rules = rng.choices(list(self.rules), weights=list(self.rules.values()), k=draws)
         ratios = [rng.uniform(keep_ratio, 1) if self.ratio_draw == "uniform" else keep_ratio for _ in range(draws)]
+        if math.floor((step + 1) * self.full_fraction) > math.floor(step * self.full_fraction):
+            ratios = [1.0] * draws
         return EvictionPlan(self.geometry, cuts, tuple(rules), tuple(ratios), rng.getrandbits(48))
 
     def _draw_cuts(self, rng: random.Random, length: int) -> tuple[int, ...]:

@@ -276,8 +276,6 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     )
     if args.world_size > 1 and config.device_map in PLACEMENTS:
         raise UserError(f"--device_map {config.device_map}: one process a GPU was launched; drop it, or the launcher")
-    if args.n_gpu > 1:  # several GPUs in one process: transformers would use DataParallel, which knows no eviction
-        args._n_gpu = 1
     if args.device.type == "cpu":  # accelerate's name for it is cpu:0, from where torch.load can resume nothing
         args._setup_devices = args.distributed_state.device = torch.device("cpu")
     return args
