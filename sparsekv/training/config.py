@@ -61,6 +61,8 @@ class EITConfig:
         Weight of the KL divergence to the full-cache teacher, per token.
     lambda_context
         Weight of the KL on context tokens, whose queries see the full cache: protects full-cache ability.
+    lambda_ce_context
+        Weight of the cross-entropy on context tokens, whose queries see the full cache.
     lambda_selection
         Weight of the selection loss: presses learn to keep what the teacher's later queries attend to.
     temperature
@@ -91,6 +93,7 @@ class EITConfig:
     step_size: float = 0.05
     lambda_kl: float = 1.0
     lambda_context: float = 1.0
+    lambda_ce_context: float = 0.0
     lambda_selection: float = 3.0
     temperature: float = 1.0
     kl_direction: Direction = "forward"
@@ -98,7 +101,7 @@ class EITConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for flag in ("lambda_kl", "lambda_context", "lambda_selection"):
+        for flag in ("lambda_kl", "lambda_context", "lambda_ce_context", "lambda_selection"):
             value = getattr(self, flag)
             require(0 <= value < math.inf, f"--{flag} {value}: must be at least 0")
         require(0 < self.temperature < math.inf, f"--temperature {self.temperature}: must be above 0")

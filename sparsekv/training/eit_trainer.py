@@ -118,7 +118,8 @@ class EITTrainer(Trainer):
         """Σ over this micro-batch's tokens of CE + λ·KL, divided by the tokens of the whole optimizer step."""
         config, input_ids = self.config, inputs["input_ids"]  # Long[B, L]
         plan = self.current_plan(input_ids.shape[1])
-        labels, context = loss_tokens(input_ids, inputs.get("attention_mask"), plan.first_query)  # [B, L] each
+        tokens_with_loss = loss_tokens(input_ids, inputs.get("attention_mask"), plan.first_query)
+        labels, context, context_labels = tokens_with_loss  # [B, L] each
         counts = self._count_tokens([inputs]) if num_items_in_batch is None else num_items_in_batch  # Long[2]
         teacher_hidden = self._teacher_hidden(model, inputs, plan) if self.config.needs_teacher else None  # [B, L, D]
 
@@ -134,6 +135,8 @@ class EITTrainer(Trainer):
                 direction=config.kl_direction,
                 context_mask=context.flatten(),
                 lambda_context=config.lambda_context,
+                context_labels=context_labels.flatten(),
+                lambda_ce_context=config.lambda_ce_context,
                 logit_sums=self.logit_sums,
                 numbers=None if "attention_mask" in inputs else unpadded_tokens(input_ids.shape, plan.first_query),
             )
@@ -210,7 +213,7 @@ class EITTrainer(Trainer):
         counts = []
         for inputs in batches:
             first_query = self.current_plan(inputs["input_ids"].shape[1]).first_query
-            labels, context = loss_tokens(inputs["input_ids"], inputs.get("attention_mask"), first_query)
+            labels, context, _ = loss_tokens(inputs["input_ids"], inputs.get("attention_mask"), first_query)
             counts.append(torch.stack([(labels != IGNORE_INDEX).sum(), context.sum()]))
         return torch.stack(counts).sum(0)
 
@@ -285,7 +288,7 @@ class EITTrainer(Trainer):
             cut = round(length * (self.config.min_cut + self.config.max_cut) / 2)
             plan = self._eval_plan(number * processes + process, cut, keep_ratio)
             first_query = cut if self.config.geometry == "two_region" else 0
-            labels, _ = loss_tokens(inputs["input_ids"], inputs.get("attention_mask"), first_query)
+            labels, _, _ = loss_tokens(inputs["input_ids"], inputs.get("attention_mask"), first_query)
             with KVDropoutContext(self.base, plan, self.selector):
                 nll = run_with_loss(self.model_wrapped, self.base, inputs, _cross_entropy(labels))
             total[0] += nll.to(total.device)
@@ -330,7 +333,7 @@ class EITTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
 
-def loss_tokens(input_ids: Tensor, attention_mask: Tensor | None, first_query: int) -> tuple[Tensor, Tensor]:
+def loss_tokens(input_ids: Tensor, attention_mask: Tensor | None, first_query: int) -> tuple[Tensor, Tensor, Tensor]:
     """Which positions carry loss, for a model that predicts the next token.
 
     Parameters
@@ -347,14 +350,17 @@ def loss_tokens(input_ids: Tensor, attention_mask: Tensor | None, first_query: i
         The next token at evicted positions; -100 at context positions, padding and the last position.
     context : Bool[B, L]
         True at real context positions.
+    context_labels : Long[B, L]
+        The next token at context positions; -100 elsewhere and before padding.
     """
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     labels[:, :-1] = input_ids[:, 1:].masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORE_INDEX)
-    labels[:, :first_query] = IGNORE_INDEX
     context = real.clone()
     context[:, first_query:] = False
-    return labels, context
+    context_labels = labels.masked_fill(~context, IGNORE_INDEX)
+    labels[:, :first_query] = IGNORE_INDEX
+    return labels, context, context_labels
 
 
 def unpadded_tokens(shape: Sequence[int], first_query: int) -> tuple[int, int]:

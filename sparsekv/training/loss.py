@@ -38,8 +38,8 @@ class LossSums:
     loss : Tensor
         Σ CE + λ·T²·KL over the labelled tokens; differentiable.
     context_loss : Tensor
-        Σ λ_context·T²·KL over the context tokens; differentiable.
-    ce, kl, kl_context : Tensor
+        Σ λ_ce_context·CE + λ_context·T²·KL over the context tokens; differentiable.
+    ce, kl, ce_context, kl_context : Tensor
         The parts without λ and T², detached. A part that was not asked for is 0.
     tokens, context_tokens : int
         How many tokens `loss` and `context_loss` sum over.
@@ -49,6 +49,7 @@ class LossSums:
     context_loss: Tensor
     ce: Tensor
     kl: Tensor
+    ce_context: Tensor
     kl_context: Tensor
     tokens: int
     context_tokens: int
@@ -82,6 +83,8 @@ def distillation_loss(
     direction: Direction = "forward",
     context_mask: Tensor | None = None,
     lambda_context: float = 0.0,
+    context_labels: Tensor | None = None,
+    lambda_ce_context: float = 0.0,
     chunk_size: int = 1024,
     logit_sums: LogitSums = sums_from_logits,
     numbers: tuple[int, int] | None = None,
@@ -105,7 +108,10 @@ def distillation_loss(
     temperature, direction
         Of the KL: see the head of this file.
     context_mask : Bool[N], optional
-        Tokens that carry `lambda_context`·KL and no CE.
+        Tokens whose loss is `context_loss`.
+    context_labels : Long[N], optional
+        The token that each of these is to predict, -100 where there is none; needed for `lambda_ce_context`, the weight
+        of their CE.
     chunk_size : int
         Tokens whose logits live at once.
     logit_sums : callable
@@ -115,20 +121,22 @@ def distillation_loss(
     """
     labelled, in_context = numbers or (None, None)
     objective = partial(_Objective, student_head, teacher_head, temperature, direction, logit_sums)
-    sums = partial(_sums, student_hidden, teacher_hidden, labels, chunk_size)
-    loss, ce, kl, tokens = sums(labels != IGNORE_INDEX, labelled, objective(1.0, lambda_kl))
-    if teacher_hidden is None or context_mask is None or not lambda_context:
+    sums = partial(_sums, student_hidden, teacher_hidden, chunk_size)
+    loss, ce, kl, tokens = sums(labels, labels != IGNORE_INDEX, labelled, objective(1.0, lambda_kl))
+    lambda_context = 0.0 if teacher_hidden is None else lambda_context
+    if context_mask is None or not (lambda_context or lambda_ce_context):
         zero = torch.zeros_like(ce)
-        return LossSums(loss, zero, ce, kl, zero, tokens, 0)
-    context_loss, _, kl_context, context_tokens = sums(context_mask, in_context, objective(0.0, lambda_context))
-    return LossSums(loss, context_loss, ce, kl, kl_context, tokens, context_tokens)
+        return LossSums(loss, zero, ce, kl, zero, zero, tokens, 0)
+    in_loss = objective(lambda_ce_context, lambda_context)
+    context_loss, ce_context, kl_context, context_tokens = sums(context_labels, context_mask, in_context, in_loss)
+    return LossSums(loss, context_loss, ce, kl, ce_context, kl_context, tokens, context_tokens)
 
 
 def _sums(
     student_hidden: Tensor,
     teacher_hidden: Tensor | None,
-    labels: Tensor,
     chunk_size: int,
+    labels: Tensor | None,
     mask: Tensor,
     number: int | None,
     objective: "_Objective",
@@ -139,7 +147,11 @@ def _sums(
     teacher = None
     if teacher_hidden is not None and objective.weight_kl:
         teacher = teacher_hidden[rows.to(teacher_hidden.device)]
-    targets = labels[rows] if objective.weight_ce else None
+    targets = None
+    if objective.weight_ce:
+        if labels is None:
+            raise ValueError("cross-entropy on the context needs `context_labels`")
+        targets = labels[rows]
     parameters = [p for p in objective.student_head.parameters() if p.requires_grad]
     grad_enabled = torch.is_grad_enabled()
     loss, ce, kl = _ChunkedSum.apply(objective, chunk_size, grad_enabled, hidden, teacher, targets, *parameters)

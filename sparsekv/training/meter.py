@@ -76,8 +76,9 @@ class Meter:
         requested = 1.0 if eviction is None else sum(plan.keep_ratios) / len(plan.keep_ratios)
         actual = 1.0 if eviction is None else eviction.keep_ratio()
         tokens, context_tokens = counts.to(sums.ce.device).clamp(min=1)  # the last layer's, not always the first one's
-        parts = (sums.ce / tokens, sums.kl / tokens, sums.kl_context / context_tokens, selection.detach())
-        row = torch.stack([part.double().to(anchors.device) for part in (*parts, anchors.double().mean())])
+        in_context = sums.ce_context / context_tokens, sums.kl_context / context_tokens
+        parts = sums.ce / tokens, sums.kl / tokens, *in_context, selection.detach(), anchors.double().mean()
+        row = torch.stack([part.double().to(anchors.device) for part in parts])
         self.sums = row if self.sums is None else self.sums + row
         self.requested, self.actual, self.batches = self.requested + requested, self.actual + actual, self.batches + 1
         self.tokens += input_ids.numel()
@@ -102,11 +103,12 @@ class Meter:
         known = torch.tensor([self.requested, self.actual, self.batches, self.tokens], dtype=torch.float64)
         totals = torch.cat([self.sums.to(accelerator.device), known.to(accelerator.device)])
         totals = accelerator.reduce(totals, reduction="sum").tolist()
-        ce, kl, kl_context, selection, anchors, requested, actual, batches, seen = totals
+        ce, kl, ce_context, kl_context, selection, anchors, requested, actual, batches, seen = totals
         rate = seen / (time.perf_counter() - self.started)
         logs = {
             "ce": ce / steps,
             "kl": kl / steps,
+            "ce_context": ce_context / steps,
             "kl_context": kl_context / steps,
             "selection": selection / steps,
             "requested_keep_ratio": requested / batches,

@@ -64,9 +64,9 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
 
 TRAINED = (
     "Trained so that evicting its KV cache costs little (eviction-invariant training): a teacher with the full cache, "
-    "a student whose cache is evicted, loss = CE + {lambda_kl}·KL + {lambda_context}·KL on the context + "
-    "{lambda_selection}·selection loss, keep ratio {initial_keep_ratio} → {min_keep_ratio} ({scheduler_mode}), "
-    "geometry {geometry}."
+    "a student whose cache is evicted, loss = CE + {lambda_kl}·KL + {lambda_ce_context}·CE and "
+    "{lambda_context}·KL on the context + {lambda_selection}·selection loss, keep ratio {initial_keep_ratio} → "
+    "{min_keep_ratio} ({scheduler_mode}), geometry {geometry}."
 )
 CONTROL = "A control: trained on the same data, steps and loss as an eviction-invariant model, but without eviction."
 

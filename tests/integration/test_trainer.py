@@ -109,21 +109,26 @@ def logits_by_hand(base, input_ids, real, keeps, cuts):
 
 
 def loss_by_hand(model, teacher_logits, inputs, plan, keeps, config):
-    """CE + λ·T²·KL per predicted token after the first cut, plus λ_context·T²·KL per context token."""
+    """CE + λ·T²·KL per predicted token after the first cut, plus the context's own weights of both per token of it."""
     ids, real = inputs["input_ids"], inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
     logits = logits_by_hand(model.get_base_model(), ids, real, keeps, plan.cuts)
     log_p, log_t = (F.log_softmax(x / config.temperature, -1) for x in (logits, teacher_logits))
     kl = config.temperature**2 * (log_t.exp() * (log_t - log_p)).sum(-1)
+
+    def ce(row, q):
+        return -F.log_softmax(logits[row, q], -1)[ids[row, q + 1]]
+
     loss = context_loss = tokens = context_tokens = 0.0
     for row in range(len(ids)):
         for q in range(LENGTH):
             if q < plan.cuts[0]:
                 if real[row, q]:
-                    context_loss, context_tokens = context_loss + kl[row, q], context_tokens + 1
+                    context_loss, context_tokens = context_loss + config.lambda_context * kl[row, q], context_tokens + 1
+                    if real[row, q + 1]:
+                        context_loss = context_loss + config.lambda_ce_context * ce(row, q)
             elif q + 1 < LENGTH and real[row, q] and real[row, q + 1]:
-                ce = -F.log_softmax(logits[row, q], -1)[ids[row, q + 1]]
-                loss, tokens = loss + ce + config.lambda_kl * kl[row, q], tokens + 1
-    return loss / tokens + config.lambda_context * context_loss / context_tokens
+                loss, tokens = loss + ce(row, q) + config.lambda_kl * kl[row, q], tokens + 1
+    return loss / tokens + context_loss / context_tokens
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -134,6 +139,7 @@ def test_loss_and_gradient_equal_the_plain_formula(tmp_path, tiny_tokenizer, pad
         num_cuts=num_cuts,
         lambda_kl=0.7,
         lambda_context=0.3,
+        lambda_ce_context=0.2,
         lambda_selection=0,
         temperature=2.0,
         anchors=ANCHORS,
@@ -164,18 +170,20 @@ def test_which_tokens_carry_loss():
     """No padding is predicted, nor predicts; the last token predicts nothing."""
     ids = torch.arange(12).reshape(2, 6)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-    labels, context = eit_trainer.loss_tokens(ids, mask, 0)
+    labels, context, context_labels = eit_trainer.loss_tokens(ids, mask, 0)
     assert labels.tolist() == [[-100, -100, 3, 4, 5, -100], [7, 8, 9, -100, -100, -100]]
     assert not context.any()
-    labels, context = eit_trainer.loss_tokens(ids, mask, 3)
+    assert (context_labels == -100).all()
+    labels, context, context_labels = eit_trainer.loss_tokens(ids, mask, 3)
     assert labels.tolist() == [[-100, -100, -100, 4, 5, -100], [-100] * 6]
     assert context.tolist() == [[False, False, True, False, False, False], [True, True, True, False, False, False]]
+    assert context_labels.tolist() == [[-100, -100, 3, -100, -100, -100], [7, 8, 9, -100, -100, -100]]
 
 
 @pytest.mark.parametrize("first_query", [0, 1, 4, 5, 6])
 def test_their_numbers_are_known_where_nothing_is_padded(first_query):
     ids = torch.arange(18).reshape(3, 6)
-    labels, context = eit_trainer.loss_tokens(ids, None, first_query)
+    labels, context, _ = eit_trainer.loss_tokens(ids, None, first_query)
     numbers = eit_trainer.unpadded_tokens(ids.shape, first_query)
     assert numbers == ((labels != -100).sum(), context.sum())
 
@@ -198,7 +206,13 @@ def test_the_loss_asks_the_device_for_them_only_where_something_is(tmp_path, tin
 
 def mixture(**changes) -> EITConfig:
     """Every default rule as often; without the selection loss, which has neither padding nor another geometry."""
-    plain = {"num_cuts": 2, "lambda_context": 0.5, "lambda_selection": 0, "rules": dict.fromkeys(default_rules(), 1.0)}
+    plain = {
+        "num_cuts": 2,
+        "lambda_context": 0.5,
+        "lambda_ce_context": 0.2,
+        "lambda_selection": 0,
+        "rules": dict.fromkeys(default_rules(), 1.0),
+    }
     return EITConfig(**plain | {"anchors": ANCHORS, "min_keep_ratio": 0.2} | changes)
 
 
@@ -218,7 +232,7 @@ def test_accumulation_changes_nothing(tmp_path, tiny_tokenizer, padded):
     assert all(line["grad_norm"] > 0.1 for line in runs[0][1]), "the clipping does not bind"
     assert_equal_weights(runs[0][0], runs[1][0])
     for line, wanted in zip(runs[0][1], runs[1][1], strict=True):
-        for figure in ("loss", "ce", "kl", "kl_context", "grad_norm"):
+        for figure in ("loss", "ce", "kl", "ce_context", "kl_context", "grad_norm"):
             assert line[figure] == pytest.approx(wanted[figure], rel=1e-4), figure
 
 
@@ -230,14 +244,14 @@ def test_padded_rows_have_no_selection_loss(tmp_path, tiny_tokenizer):
 
 def test_logged_parts_add_up(tmp_path, tiny_tokenizer):
     """The figures are of the whole step and not of its last micro-batch."""
-    config = mixture(lambda_kl=0.7, lambda_selection=0.3, rules={"knorm": 1.0, "tova": 1.0})
+    config = mixture(lambda_kl=0.7, lambda_ce_context=0.2, lambda_selection=0.3, rules={"knorm": 1.0, "tova": 1.0})
     trainer = make_trainer(
         *(tmp_path, tiny_tokenizer, config), per_device_train_batch_size=2, gradient_accumulation_steps=4
     )
     trainer.train()
     for line in trainer.state.log_history:
         parts = line["ce"] + config.lambda_kl * line["kl"] + config.lambda_context * line["kl_context"]
-        parts += config.lambda_selection * line["selection"]
+        parts += config.lambda_ce_context * line["ce_context"] + config.lambda_selection * line["selection"]
         assert line["selection"] > 0
         assert line["loss"] == pytest.approx(parts, rel=1e-5)
 
@@ -374,7 +388,7 @@ def test_evaluation_leaves_training_as_it_was(tmp_path, tiny_tokenizer):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-SELECTING = {"lambda_selection": 0.5, "rules": {"knorm": 1.0, "tova": 1.0, "keydiff": 1.0}}
+SELECTING = {"lambda_ce_context": 0.0, "lambda_selection": 0.5, "rules": {"knorm": 1.0, "tova": 1.0, "keydiff": 1.0}}
 
 
 def test_selection_does_not_depend_on_accumulation_or_checkpointing(tmp_path, tiny_tokenizer):

@@ -36,6 +36,7 @@ def test_every_option_is_documented():
     [
         *(("lambda_kl", value) for value in (-0.1, math.nan, math.inf)),
         *(("lambda_context", value) for value in (-0.1, math.nan, math.inf)),
+        *(("lambda_ce_context", value) for value in (-0.1, math.nan, math.inf)),
         *(("temperature", value) for value in (0.0, -1.0, math.nan, math.inf)),
         *((name, value) for name in ("initial_keep_ratio", "min_keep_ratio") for value in (0.0, -0.1, 1.1, math.nan)),
         *(("warmup_fraction", value) for value in (-0.1, 1.0, math.nan)),

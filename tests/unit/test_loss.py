@@ -33,34 +33,46 @@ def divergence(student_logits, teacher_logits, direction):
     return sum((a * (a / b).log()).sum() for a, b in pairs) / len(pairs)
 
 
-def plain(student, teacher, labels, head, context, *, lambda_kl, temperature, direction, lambda_context):
-    """(loss, context loss, ce, kl, context kl) of the full logits."""
+def plain(
+    student, teacher, labels, head, context, *, lambda_kl, temperature, direction, lambda_context,
+    context_labels=None, lambda_ce_context=0.0,
+):  # fmt: skip
+    """(loss, context loss, ce, kl, context ce, context kl) of the full logits."""
     logits, teacher_logits = head(student).float(), head(teacher).float().detach()
     valid = labels != -100
     ce = F.cross_entropy(logits[valid], labels[valid], reduction="sum")
     kl = divergence(logits[valid] / temperature, teacher_logits[valid] / temperature, direction)
     kl_context = divergence(logits[context] / temperature, teacher_logits[context] / temperature, direction)
     scale = temperature**2
-    return ce + lambda_kl * scale * kl, lambda_context * scale * kl_context, ce, kl, kl_context
+    loss, context_loss = ce + lambda_kl * scale * kl, lambda_context * scale * kl_context
+    ce_context = torch.zeros(())
+    if lambda_ce_context:
+        ce_context = F.cross_entropy(logits[context], context_labels[context], reduction="sum")
+        context_loss = context_loss + lambda_ce_context * ce_context
+    return loss, context_loss, ce, kl, ce_context, kl_context
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("chunk_size", [1, 7, 1024])  # 7 leaves an uneven last chunk
-def test_equals_the_plain_formula_in_value_and_gradient(direction, temperature, chunk_size):
+@pytest.mark.parametrize("lambda_ce_context", [0.0, 0.6])
+def test_equals_the_plain_formula_in_value_and_gradient(direction, temperature, chunk_size, lambda_ce_context):
     student, teacher, labels, context = make_batch()
     head = make_head()
     settings = {"lambda_kl": 0.7, "temperature": temperature, "direction": direction, "lambda_context": 0.3}
+    context_labels = torch.randint(23, labels.shape).masked_fill(~context, -100)
+    context_labels[context.nonzero()[2]] = -100  # before padding
+    settings |= {"context_labels": context_labels, "lambda_ce_context": lambda_ce_context}
 
     got = distillation_loss(
         student, teacher, labels, head, head, context_mask=context, chunk_size=chunk_size, **settings
     )
     expected = plain(student, teacher, labels, head, context, **settings)
     torch.testing.assert_close(
-        (got.loss, got.context_loss, got.ce, got.kl, got.kl_context), expected, rtol=1e-5, atol=1e-5
+        (got.loss, got.context_loss, got.ce, got.kl, got.ce_context, got.kl_context), expected, rtol=1e-5, atol=1e-5
     )
     assert (got.tokens, got.context_tokens) == (int((labels != -100).sum()), int(context.sum()))
-    assert not any(x.requires_grad for x in (got.ce, got.kl, got.kl_context))
+    assert not any(x.requires_grad for x in (got.ce, got.kl, got.ce_context, got.kl_context))
 
     inputs = (student, head.weight)  # each part is scaled by its own count, as the caller does
     gradient = torch.autograd.grad(got.loss / got.tokens + got.context_loss / got.context_tokens, inputs)
@@ -151,18 +163,28 @@ class CountingHead(nn.Module):
 def test_heads_see_only_the_tokens_that_need_them():
     student, teacher, labels, context = make_batch()
     valid, context_count = int((labels != -100).sum()), int(context.sum())
-    for lambda_kl, lambda_context, states, student_rows, teacher_rows in (
-        (1.0, 0.0, teacher, valid, valid),
-        (0.0, 0.0, teacher, valid, 0),
-        (1.0, 1.0, None, valid, 0),
-        (0.0, 1.0, teacher, valid + context_count, context_count),
+    for lambda_kl, lambda_context, lambda_ce, states, student_rows, teacher_rows in (
+        (1.0, 0.0, 0.0, teacher, valid, valid),
+        (0.0, 0.0, 0.0, teacher, valid, 0),
+        (1.0, 1.0, 0.0, None, valid, 0),
+        (0.0, 1.0, 0.0, teacher, valid + context_count, context_count),
+        (0.0, 0.0, 1.0, teacher, valid + context_count, 0),
+        (1.0, 1.0, 1.0, None, valid + context_count, 0),
     ):
         heads = CountingHead(make_head()), CountingHead(make_head())
-        weights = {"lambda_kl": lambda_kl, "lambda_context": lambda_context}
+        weights = {"lambda_kl": lambda_kl, "lambda_context": lambda_context, "lambda_ce_context": lambda_ce}
+        weights["context_labels"] = torch.zeros_like(labels)
         got = distillation_loss(student, states, labels, *heads, context_mask=context, chunk_size=5, **weights)
         (got.loss + got.context_loss).backward()
         assert (heads[0].rows, heads[1].rows) == (student_rows, teacher_rows)
         assert heads[1].head.weight.grad is None
+
+
+def test_cross_entropy_on_the_context_needs_its_labels():
+    student, teacher, labels, context = make_batch()
+    head = make_head()
+    with pytest.raises(ValueError, match="needs `context_labels`"):
+        distillation_loss(student, teacher, labels, head, head, context_mask=context, lambda_ce_context=1.0)
 
 
 def test_without_labelled_tokens_the_loss_is_a_differentiable_zero():
