@@ -57,7 +57,12 @@ LENGTHS = {"cuda": [2048, 4096], "cpu": [128]}
 STEPS = {"cuda": 4, "cpu": 2}
 ACCUMULATED = {"cuda": 8, "cpu": 1}  # micro-batches of a step; on a GPU as many as in the shipped configurations
 KEEP = {"scheduler_mode": "fixed", "min_keep_ratio": 0.3}
-PLAIN = {"lambda_context": 0.0, "lambda_selection": 0.0, "rules": dict.fromkeys(default_rules(), 1.0)}
+PLAIN = {
+    "lambda_context": 0.0,
+    "lambda_ce_context": 0.0,
+    "lambda_selection": 0.0,
+    "rules": dict.fromkeys(default_rules(), 1.0),
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "control": {"control": True},
     "keep 0.3": {"ratio_draw": "ceiling"},

@@ -93,7 +93,7 @@ class EITConfig:
     step_size: float = 0.05
     lambda_kl: float = 1.0
     lambda_context: float = 1.0
-    lambda_ce_context: float = 0.0
+    lambda_ce_context: float = 1.0
     lambda_selection: float = 3.0
     temperature: float = 1.0
     kl_direction: Direction = "forward"

@@ -55,7 +55,14 @@ def trainer_of(tmp_path, tiny_tokenizer):
             disable_tqdm=True,
         )
         data = Dataset.from_dict({"input_ids": ids})
-        plain = {"rules": RULES, "min_cut": 0.7, "num_cuts": 2, "lambda_context": 0, "lambda_selection": 0}
+        plain = {
+            "rules": RULES,
+            "min_cut": 0.7,
+            "num_cuts": 2,
+            "lambda_context": 0,
+            "lambda_ce_context": 0,
+            "lambda_selection": 0,
+        }
         config = EITConfig(anchors=AnchorConfig(recent_size=8), **plain | options)
         return EITTrainer(model, config, tiny_tokenizer, args, train_dataset=data, eval_dataset=data.select([0, 1]))
 
