@@ -2,8 +2,8 @@
 # The headline of docs/results.md, and what lies beyond it: trainings and controls of configs/smollm2_135m.yaml with three
 # seeds, evaluated and compared.
 #
-#   scripts/headline.sh        # GPUS=0,1,2,3: on these, one training on each at a time; all that there are
-#                              # PER_GPU=4: evaluations on each at a time; 12 are faster under MPS
+#   scripts/headline.sh        # GPUS=0,1,2,3: on these; all that there are
+#                              # TRAININGS=1, PER_GPU=4: trainings, evaluations on each at a time; 3 and 12 under MPS
 #
 # The same command once more goes on with what is not done. Logs lie in out/headline.
 # shellcheck disable=SC2329  # functions are for the shells that xargs starts
@@ -88,7 +88,7 @@ export -f run_on_gpu
 make_texts
 [[ -e out/self_chat.jsonl ]] ||
     python scripts/self_chat.py --output out/self_chat.jsonl --conversations 2560 --batch_size 1280
-trainings | on_gpus "${#gpus[@]}"
+trainings | on_gpus $((${TRAININGS:-1} * ${#gpus[@]}))
 [[ -e out/shipped ]] || python scripts/ship_adapter.py out/trained-0/final out/shipped
 evaluations | on_gpus $((per_gpu * ${#gpus[@]}))
 sparsekv compare out/eval/base "$(list eval control)" "$(list eval trained)" --output results/headline

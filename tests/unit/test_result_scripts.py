@@ -57,7 +57,7 @@ def value(call, option):
 
 
 def test_headline_trains_on_every_gpu_and_evaluates_and_compares_all(project):
-    ended, calls = run(project, "headline.sh", GPUS="5,7", PER_GPU="3")
+    ended, calls = run(project, "headline.sh", GPUS="5,7", TRAININGS="2", PER_GPU="3")
     assert ended.returncode == 0, ended.stderr
     trained = [call for call in calls if " train " in call]
     assert sorted(
