@@ -115,7 +115,7 @@ class EITTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """Σ over this micro-batch's tokens of CE + λ·KL, divided by the tokens of the whole optimizer step."""
+        """This micro-batch's part of the step's loss: suffix, context and selection, each by the step's tokens."""
         config, input_ids = self.config, inputs["input_ids"]  # Long[B, L]
         plan = self.current_plan(input_ids.shape[1])
         tokens_with_loss = loss_tokens(input_ids, inputs.get("attention_mask"), plan.first_query)

@@ -148,11 +148,11 @@ class ForwardEviction:
         for layer, decided in self.ranked.items():
             for place, kept in enumerate(decided):
                 if kept.scores is not None and kept.scores.requires_grad and kept.number is not None:
-                    kind = place, kept.number, kept.even, kept.scores.device
+                    kind = (place, kept.number, kept.even, kept.scores.shape, kept.scores.dtype, kept.scores.device)
                     alike.setdefault(kind, []).append((layer, kept.scores))
                     layers.add(layer)
         rows = torch.zeros(len(self.input_ids), device=self.input_ids.device)
-        for (place, number, even, device), found in alike.items():
+        for (place, number, even, _, _, device), found in alike.items():
             scores = torch.cat([scores for _, scores in found])
             importance = torch.cat([self.importance[layer][place].to(device) for layer, _ in found])
             losses = _loss_at_cut(scores, number, importance, even)

@@ -95,7 +95,8 @@ class Meter:
     def flush(self, accelerator: Accelerator, steps: int) -> dict[str, float]:
         """The figures since the last call, over all processes and `steps` optimizer steps.
 
-        `ce` and `kl` are means over steps of the mean over the step's tokens, so that loss = ce + λ·kl.
+        `ce` and `kl` are means over steps of the mean over the step's tokens, as the other parts of the loss are over
+        theirs: weighted, they sum to it (docs/training.md, Files of a run).
         """
         if self.sums is None:
             return {}

@@ -22,6 +22,7 @@ class EvictionPlan:
     rules : the rule's name at each cut (one for the whole sequence in the other geometries).
     keep_ratios : share of the context kept at each cut.
     seed : for the random rules.
+    evicts : False for a step with the full cache, which has cuts all the same: they say which tokens are context.
     """
 
     geometry: Geometry
@@ -29,6 +30,7 @@ class EvictionPlan:
     rules: tuple[str, ...]
     keep_ratios: tuple[float, ...]
     seed: int = 0
+    evicts: bool = True
 
     def __post_init__(self) -> None:
         if self.geometry not in get_args(Geometry):
@@ -42,13 +44,8 @@ class EvictionPlan:
             raise ValueError(f"cuts must be positive and ascend: {self.cuts}")
 
     @property
-    def evicts(self) -> bool:
-        """Whether anything is evicted."""
-        return min(self.keep_ratios) < 1
-
-    @property
     def first_query(self) -> int:
-        """The first position whose query sees an evicted cache: what comes before carries no distillation loss."""
+        """The first position whose query sees an evicted cache: what comes before carries the context's loss."""
         return self.cuts[0] if self.cuts else 0
 
 
@@ -94,9 +91,8 @@ class PlanSampler:
         draws = max(len(cuts), 1)
         rules = rng.choices(list(self.rules), weights=list(self.rules.values()), k=draws)
         ratios = [rng.uniform(keep_ratio, 1) if self.ratio_draw == "uniform" else keep_ratio for _ in range(draws)]
-        if math.floor((step + 1) * self.full_fraction) > math.floor(step * self.full_fraction):
-            ratios = [1.0] * draws
-        return EvictionPlan(self.geometry, cuts, tuple(rules), tuple(ratios), rng.getrandbits(48))
+        evicts = math.floor((step + 1) * self.full_fraction) == math.floor(step * self.full_fraction)
+        return EvictionPlan(self.geometry, cuts, tuple(rules), tuple(ratios), rng.getrandbits(48), evicts)
 
     def _draw_cuts(self, rng: random.Random, length: int) -> tuple[int, ...]:
         first = math.floor(self.min_cut * length)

@@ -7,6 +7,7 @@ from sparsekv.training.config import TrainConfig
 
 RUN_CONFIG = "eit_config.json"
 FINAL = "final"
+BEFORE = {"lambda_ce_context": 0.0}  # what runs did before an option existed, where that is not its default
 MAY_CHANGE_ON_RESUME = {
     *("resume", "save_steps", "eval_steps", "logging_steps", "report_to", "output_dir", "device_map", "compile"),
 }
@@ -31,9 +32,9 @@ def changed_steps(record: dict[str, Any], config: TrainConfig, processes: int) -
 def changed_options(recorded: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Option → (recorded value, value now), of those that decide what is trained.
 
-    An option that the record of an older version lacks had its default.
+    An option that the record of an older version lacks had its default, if `BEFORE` says nothing else.
     """
-    before = asdict(TrainConfig(model=config.model, output_dir=config.output_dir)) | recorded
+    before = asdict(TrainConfig(model=config.model, output_dir=config.output_dir)) | BEFORE | recorded
     return {
         name: (before[name], now)
         for name, now in asdict(config).items()

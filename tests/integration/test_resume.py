@@ -327,6 +327,15 @@ def test_a_run_from_before_an_option_existed_has_its_default(options, uninterrup
     assert_same_run(uninterrupted, half)
 
 
+def test_a_run_from_before_cross_entropy_on_the_context_had_none(options, half):
+    file = half / "eit_config.json"
+    record = json.loads(file.read_text("utf-8"))
+    del record["config"]["lambda_ce_context"]
+    file.write_text(json.dumps(record), "utf-8")
+    with pytest.raises(UserError, match=rf"^--resume: {half} .*: --lambda_ce_context 1.0 \(was 0.0\)$"):
+        train(train_config(options, half, resume=True))
+
+
 def test_other_data_are_refused(options, half, tmp_path):
     text = Path(options["data"])
     plain = text.read_text("utf-8")

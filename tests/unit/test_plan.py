@@ -92,7 +92,7 @@ def test_the_given_share_of_the_steps_evicts_nothing_and_the_others_stay_as_they
     assert all(later - earlier <= 1 / fraction + 1 for earlier, later in itertools.pairwise(full)), "evenly spread"
     for step, plan in enumerate(plans):
         other = sampler().draw(step, 100, 0.3)
-        assert plan == (dataclasses.replace(other, keep_ratios=(1.0, 1.0)) if step in full else other)
+        assert plan == (dataclasses.replace(other, evicts=step not in full))
 
 
 @pytest.mark.parametrize("geometry", ["streaming", "global"])

@@ -168,14 +168,17 @@ def test_what_a_press_pins_is_safe_however_far_scores_spread(dtype):
 
 
 def test_the_loss_of_all_layers_at_once_is_the_mean_of_each():
-    """Layers of unlike budgets, a layer without a score, a cut without one, and heads that share a budget."""
+    """Layers of unlike budgets, heads and dtypes, one without a score, a cut without one, heads that share a budget."""
     plan = EvictionPlan("two_region", (12, 20), ("knorm", "expected_attention"), (0.5, 0.5))
     generator = torch.Generator().manual_seed(3)
-    importance = {layer: [torch.rand(2, 3, cut, generator=generator) for cut in plan.cuts] for layer in range(4)}
+    heads = {4: 2}
+    importance = {
+        layer: [torch.rand(2, heads.get(layer, 3), cut, generator=generator) for cut in plan.cuts] for layer in range(6)
+    }
     eviction = ForwardEviction(plan, None, torch.zeros(2, 24, dtype=torch.long), None, importance)
 
-    def kept(cut, number, even=True):
-        scores = torch.randn(2, 3, cut, generator=generator).requires_grad_()
+    def kept(cut, number, even=True, heads=3, dtype=torch.float32):
+        scores = torch.randn(2, heads, cut, generator=generator).to(dtype).requires_grad_()
         return Kept(torch.ones(0), number, scores if even else scores.flatten(1)[:, None], even)
 
     unscored = Kept(torch.ones(0), 20)
@@ -184,10 +187,12 @@ def test_the_loss_of_all_layers_at_once_is_the_mean_of_each():
         1: [kept(12, 6), kept(20, 10, even=False)],
         2: [kept(12, 4), unscored],
         3: [unscored, unscored],
+        4: [kept(12, 6, heads=2), unscored],
+        5: [kept(12, 6, dtype=torch.bfloat16), unscored],
     }
     expected = torch.zeros(2)
     for layer, decided in eviction.ranked.items():
         for found, weights in zip(decided, importance[layer], strict=True):
             if found.scores is not None:
-                expected += _loss_at_cut(found.scores, found.number, weights, found.even) / len(plan.cuts) / 3
+                expected += _loss_at_cut(found.scores, found.number, weights, found.even) / len(plan.cuts) / 5
     torch.testing.assert_close(eviction.selection_loss(), expected)
