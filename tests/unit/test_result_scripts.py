@@ -11,6 +11,13 @@ ROOT = Path(__file__).parents[2]
 SPARSEKV = """#!/usr/bin/env bash
 echo "${CUDA_VISIBLE_DEVICES:-} $*" >> calls
 [[ -n ${FAIL:-} && "$*" == *"$FAIL"* ]] && { echo "no memory" >&2; exit 1; }
+if [[ -n ${TOGETHER:-} && $1 == train ]]; then # ends well only beside so many others
+    for ((tenth = 0; tenth < 100; tenth++)); do
+        (($(grep -c ' train ' calls) >= TOGETHER)) && break
+        sleep 0.1
+    done
+    ((tenth < 100)) || exit 1
+fi
 while (($#)); do
     if [[ $1 == --output_dir ]]; then
         mkdir -p "$2/final"
@@ -107,6 +114,13 @@ def test_headline_compares_nothing_when_a_training_fails_and_goes_on_later(proje
     ended, calls = run(project, "headline.sh", GPUS="0")
     assert ended.returncode == 0
     assert [value(call, "--output_dir") for call in calls if " train " in call] == ["out/trained-1"]
+
+
+@pytest.mark.parametrize(("trainings", "together", "status"), [("3", "3", 0), ("1", "2", 1)])
+def test_so_many_trainings_share_a_gpu(project, trainings, together, status):
+    ended, calls = run(project, "headline.sh", GPUS="0", TRAININGS=trainings, TOGETHER=together)
+    assert (ended.returncode != 0) == status, ended.stderr
+    assert {call.split()[0] for call in calls if " train " in call} == {"0"}
 
 
 def test_headline_needs_a_gpu(project):
