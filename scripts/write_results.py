@@ -29,7 +29,7 @@ COMMANDS = {  # experiment → what makes its compare.csv
 }
 # Of a training, beside its data and size.
 LOSS = ("lambda_kl", "lambda_context", "lambda_ce_context", "lambda_selection")
-OPTIONS = (*LOSS, "lr", "lora_r", "num_cuts")
+OPTIONS = (*LOSS, "full_fraction", "lr", "lora_r", "num_cuts")
 LEGEND = (
     "[low, high]: 95% percentile bootstrap over rows. Difference: trained − control, paired by row; ▲ better, ▼ worse, "
     "= no difference (p below 0.05, sign-flip permutation test, Holm over the cells of the run; for ▲ also every "

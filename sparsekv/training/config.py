@@ -39,6 +39,8 @@ class EITConfig:
         What is kept: rule name → weight of the mixture. anchor, random, anchor_random, or a press of kvpress.
     ratio_draw
         uniform: each cut's keep ratio is drawn between the schedule's value and 1. ceiling: it is the schedule's value.
+    full_fraction
+        Share of the steps that evict nothing, as the control's: holds full-cache ability where only suffixes reach.
     scheduler_mode
         Keep ratio by step: fixed (min_keep_ratio), curriculum, or adaptive (watches perplexity under eviction).
     initial_keep_ratio
@@ -80,6 +82,7 @@ class EITConfig:
     max_cut: float = 0.9
     rules: dict[str, float] = field(default_factory=default_rules)
     ratio_draw: RatioDraw = "uniform"
+    full_fraction: float = 0.0
     scheduler_mode: SchedulerMode = "curriculum"
     initial_keep_ratio: float = 0.9
     min_keep_ratio: float = 0.3
@@ -108,6 +111,7 @@ class EITConfig:
             ("kl_direction", self.kl_direction, get_args(Direction)),
         ):
             require(value in choices, f"--{flag} {value!r}: must be one of {', '.join(choices)}")
+        require(0 <= self.full_fraction < 1, f"--full_fraction {self.full_fraction}: must be at least 0 and below 1")
         require(bool(self.rules), "--rules is empty: name at least one rule")
         for name, weight in self.rules.items():
             require(0 < weight < math.inf, f"--rules gives {name!r} the weight {weight}: must be above 0")
@@ -153,7 +157,14 @@ class EITConfig:
     def make_sampler(self) -> PlanSampler:
         """The source of each step's cuts, rules and ratios."""
         return PlanSampler(
-            self.geometry, self.rules, self.num_cuts, self.min_cut, self.max_cut, self.ratio_draw, self.seed
+            geometry=self.geometry,
+            rules=self.rules,
+            num_cuts=self.num_cuts,
+            min_cut=self.min_cut,
+            max_cut=self.max_cut,
+            ratio_draw=self.ratio_draw,
+            seed=self.seed,
+            full_fraction=self.full_fraction,
         )
 
 

@@ -103,8 +103,9 @@ class EITTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a micro-batch, both inside the eviction context (checkpointing recomputes)."""
-        plan = None if self.config.control else self.current_plan(inputs["input_ids"].shape[1])
-        with KVDropoutContext(self.base, plan, self.selector) as self.eviction, training_already(model, self.base):
+        plan = self.current_plan(inputs["input_ids"].shape[1])
+        evicted = None if self.config.control or not plan.evicts else plan
+        with KVDropoutContext(self.base, evicted, self.selector) as self.eviction, training_already(model, self.base):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -165,7 +166,7 @@ class EITTrainer(Trainer):
     @contextlib.contextmanager
     def _noting_importance(self, teacher: PreTrainedModel, plan: EvictionPlan) -> Iterator[None]:
         """Hand the student's forward what the teacher's later queries attend to, where the selection loss is on."""
-        if not self.config.selects:
+        if not self.config.selects or not plan.evicts:
             yield
             return
         importance: dict[int, list[Tensor]] = {}

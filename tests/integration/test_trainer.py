@@ -317,6 +317,23 @@ def test_a_control_evicts_nothing(tmp_path, tiny_tokenizer, monkeypatch):
     assert torch.equal(evicted._count_tokens([batch]), control._count_tokens([batch]))
 
 
+def test_a_full_step_is_the_controls(tmp_path, tiny_tokenizer):
+    """Loss and gradient of the step that evicts nothing; those of the step before it are not the control's."""
+    batch = {"input_ids": torch.tensor(rows(8)["input_ids"])}
+    config = {"lambda_selection": 0.5, "rules": {"knorm": 1.0}, "full_fraction": 0.5}
+    trainers = [make_trainer(tmp_path, tiny_tokenizer, mixture(**config, control=control)) for control in (False, True)]
+    for step, alike in ((0, False), (1, True)):
+        found = []
+        for trainer in trainers:
+            trainer.state.global_step = step
+            trainer.model.zero_grad()
+            loss = one_step(trainer, batch)
+            found.append([loss, *(p.grad.clone() for p in trainer.model.parameters() if p.grad is not None)])
+        same = [torch.allclose(one, other, atol=1e-6) for one, other in zip(*found, strict=True)]
+        assert all(same) if alike else not any(same)
+    assert trainers[0].eviction.last is None
+
+
 def test_a_process_that_sees_several_gpus_uses_one(tmp_path, tiny_tokenizer):
     args = TrainingArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=2, report_to=[])
     assert args.n_gpu == 0
