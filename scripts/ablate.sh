@@ -3,8 +3,9 @@
 #
 #   scripts/ablate.sh [NAME ...]        # AT_ONCE=4 of them at a time, on one GPU
 #
-# Each is a short run of configs/smollm2_135m.yaml, with what differs in its line. `control` is trained with any of them, and
-# the same rows are asked of the base. The same command once more goes on with what is not done, and compares what is.
+# Each is a short run of configs/smollm2_135m.yaml, with what differs in its line: a name, that of its control, which is trained
+# with it, and options. The same rows are asked of the base. The same command once more goes on with what is not done, and
+# compares what is.
 # Logs lie in out/ablations/log.
 # shellcheck disable=SC2329  # functions are for the shells that xargs starts
 set -euo pipefail
@@ -31,28 +32,33 @@ train() { # NAME [option ...]
         --save_steps 50 --max_steps "$steps" --num_train_samples $((16 * steps)) --resume true --output_dir "out/ablations/$name" "$@"
 }
 
-one() { # NAME [option ...]
-    local log=out/ablations/log/$1.log
-    if [[ $1 == base ]]; then
+one() { # NAME CONTROL [option ...]
+    local name=$1 log=out/ablations/log/$1.log
+    shift 2
+    if [[ $name == base ]]; then
         evaluate base
     else
-        train "$@" && evaluate "$1" --adapter "out/ablations/$1/final"
+        train "$name" "$@" && evaluate "$name" --adapter "out/ablations/$name/final"
     fi > "$log" 2>&1 && touch "${log%.log}.done" && return
-    echo "scripts/ablate.sh: $1 failed: $log" >&2
+    echo "scripts/ablate.sh: $name failed: $log" >&2
     return 1
 }
 
-chosen() { # [NAME ...]
-    echo base
+chosen() { # [NAME ...]: their lines and their controls', of which each comes once
+    local name
+    echo base -
     if (($# == 0)); then
-        cat "$runs"
+        grep -v '^#' "$runs"
         return
     fi
-    for name in control "$@"; do
-        awk -v name="$name" '$1 == name { print; known = 1 } END { exit !known }' "$runs" || {
+    for name in "$@"; do
+        awk -v name="$name" '$1 == name { print $2; known = 1 } END { exit !known }' "$runs" || {
             echo "scripts/ablate.sh $name: is not in $runs" >&2
             exit 2
         }
+        echo "$name"
+    done | while read -r name; do
+        awk -v name="$name" '$1 == name' "$runs"
     done | awk '!known[$0]++'
 }
 
@@ -64,12 +70,12 @@ export steps presses ratios
 # shellcheck disable=SC2016  # for the shell that xargs starts
 xargs -P "${AT_ONCE:-4}" -L 1 bash -c 'one "$@"' _ <<< "$list" || failed=1
 done_with() { [[ -e out/ablations/log/$1.done ]]; }
-while read -r name _; do
-    if [[ $name == base || $name == control ]] || ! { done_with base && done_with control && done_with "$name"; }; then
+while read -r name control _; do
+    if [[ $control == - ]] || ! { done_with base && done_with "$control" && done_with "$name"; }; then
         continue
     fi
-    sparsekv compare out/ablations/eval/{base,control,"$name"} --output "results/ablations/$name"
+    sparsekv compare out/ablations/eval/{base,"$control","$name"} --output "results/ablations/$name"
     keep_record "out/ablations/$name" "results/ablations/$name/training/$name"
-    keep_record out/ablations/control results/ablations/training/control
+    keep_record "out/ablations/$control" "results/ablations/training/$control"
 done <<< "$list"
 exit "$failed"

@@ -65,6 +65,8 @@ class EITConfig:
         Weight of the cross-entropy on context tokens, whose queries see the full cache.
     lambda_selection
         Weight of the selection loss: presses learn to keep what the teacher's later queries attend to.
+    lambda_layer
+        Weight of the layer loss: every layer's attention output follows the teacher's, relative to its size.
     temperature
         Temperature of both distributions in the KL.
     kl_direction
@@ -95,13 +97,14 @@ class EITConfig:
     lambda_context: float = 1.0
     lambda_ce_context: float = 1.0
     lambda_selection: float = 3.0
+    lambda_layer: float = 0.0
     temperature: float = 1.0
     kl_direction: Direction = "forward"
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for flag in ("lambda_kl", "lambda_context", "lambda_ce_context", "lambda_selection"):
+        for flag in ("lambda_kl", "lambda_context", "lambda_ce_context", "lambda_selection", "lambda_layer"):
             value = getattr(self, flag)
             require(0 <= value < math.inf, f"--{flag} {value}: must be at least 0")
         require(0 < self.temperature < math.inf, f"--temperature {self.temperature}: must be above 0")
@@ -136,9 +139,14 @@ class EITConfig:
         return self.lambda_selection > 0 and not self.control
 
     @property
+    def follows_layers(self) -> bool:
+        """Whether there is a layer loss."""
+        return self.lambda_layer > 0 and not self.control
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether some part of the loss compares with the full-cache teacher."""
-        return self.lambda_kl > 0 or self.lambda_context > 0 or self.selects
+        return self.lambda_kl > 0 or self.lambda_context > 0 or self.selects or self.follows_layers
 
     def make_schedule(self, total_steps: int) -> KeepRatioScheduler:
         """The schedule of the keep ratio over `total_steps` optimizer steps."""

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparsekv.files import write_json, writing
 from sparsekv.observe import observing
+from sparsekv.attention import causal_attention
 from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.callbacks import ScheduleCallback
 from sparsekv.training.config import EITConfig
@@ -141,10 +142,10 @@ class EITTrainer(Trainer):
                 numbers=None if "attention_mask" in inputs else unpadded_tokens(input_ids.shape, plan.first_query),
             )
             tokens, context_tokens = counts.to(sums.loss.device).clamp(min=1)
-            selection = self._selection(labels, tokens)
+            selection, layers = self._selection(labels, tokens)
             self.meter.add(sums, counts, inputs, plan, self.eviction.last, self.selector, selection)
             loss = sums.loss / tokens + sums.context_loss / context_tokens
-            return loss + config.lambda_selection * selection
+            return loss + config.lambda_selection * selection + config.lambda_layer * layers
 
         loss = run_with_loss(model, self.base, inputs, head_loss).to(self.args.device)
         return loss * self.accelerator.num_processes  # gradients are averaged over processes; `counts` are of all
@@ -166,27 +167,37 @@ class EITTrainer(Trainer):
     @contextlib.contextmanager
     def _noting_importance(self, teacher: PreTrainedModel, plan: EvictionPlan) -> Iterator[None]:
         """Hand the student's forward what the teacher's later queries attend to, where the selection loss is on."""
-        if not self.config.selects or not plan.evicts:
+        if not (self.config.selects or self.config.follows_layers) or not plan.evicts:
             yield
             return
         importance: dict[int, list[Tensor]] = {}
+        outputs: dict[int, Tensor] = {}
 
         def receive(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
             # as attended to: under autocast the rotary embedding leaves queries and keys in float32
-            importance[layer] = later_attention(query.to(value.dtype), key.to(value.dtype), scaling, plan.cuts)
+            query, key = query.to(value.dtype), key.to(value.dtype)
+            if self.config.selects:
+                importance[layer] = later_attention(query, key, scaling, plan.cuts)
+            if self.config.follows_layers:
+                outputs[layer] = causal_attention(query, key, value, scaling, 0.0)[:, :, plan.first_query :]
 
         with observing(teacher, receive, plain_only=True):  # a layer with a window evicts nothing
             yield
-        if not importance:
-            raise ValueError("the selection loss needs rows without padding; without it, set lambda_selection=0")
-        self.eviction.importance = importance
+        if not importance and not outputs:
+            raise ValueError("selection and layer loss need rows without padding; without them, set their weights to 0")
+        self.eviction.importance, self.eviction.outputs = importance, outputs
 
-    def _selection(self, labels: Tensor, tokens: Tensor) -> Tensor:
-        """This micro-batch's part of the step's selection loss: a row counts by its tokens with loss."""
-        if not self.config.selects or not torch.is_grad_enabled() or self.eviction.last is None:
-            return torch.zeros((), device=tokens.device)
-        rows = self.eviction.last.selection_loss().to(tokens.device)
-        return (rows * (labels != IGNORE_INDEX).sum(-1).to(tokens.device)).sum() / tokens
+    def _selection(self, labels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """This micro-batch's part of the step's selection and layer loss: a row counts by its tokens with loss."""
+        zero = torch.zeros((), device=tokens.device)
+        if not torch.is_grad_enabled() or self.eviction.last is None:
+            return zero, zero
+        last, weights = self.eviction.last, (labels != IGNORE_INDEX).sum(-1).to(tokens.device)
+
+        def mean(asked: bool, losses: Callable[[], Tensor]) -> Tensor:
+            return (losses().to(tokens.device) * weights).sum() / tokens if asked else zero
+
+        return mean(self.config.selects, last.selection_loss), mean(self.config.follows_layers, last.layer_loss)
 
     def _teacher_head(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
         if self.teacher is not None:

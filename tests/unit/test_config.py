@@ -14,7 +14,7 @@ from sparsekv.training.scheduler import CurriculumScheduler
 
 RUN = {"model": "m", "output_dir": "o"}
 CONFIGS = Path(__file__).parents[2] / "configs"
-ABLATIONS = [shlex.split(line) for line in (CONFIGS / "ablations.txt").read_text(encoding="utf-8").splitlines()]
+ABLATIONS = [shlex.split(line) for line in (CONFIGS / "ablations.txt").read_text(encoding="utf-8").splitlines()[1:]]
 
 
 def test_the_schema_is_whole():
@@ -122,9 +122,16 @@ def test_what_the_options_make():
     assert (schedule.initial_keep_ratio, schedule.min_keep_ratio) == (0.9, 0.3)
 
 
-@pytest.mark.parametrize(("name", "options"), [(name, options) for name, *options in ABLATIONS])
-def test_every_ablation_can_be_trained_and_differs_from_the_recipe(name, options):
+@pytest.mark.parametrize(("name", "control", "options"), [(name, control, words) for name, control, *words in ABLATIONS])
+def test_every_ablation_can_be_trained_and_differs_from_the_recipe(name, control, options):
     words = ["train", "--config", str(CONFIGS / "smollm2_135m.yaml"), "--output_dir", f"out/{name}"]
     (_, recipe), (_, values) = (parse([*words, *further]) for further in ([], options))
     TrainConfig(**values)
     assert (values == recipe) == (name == "reference")
+    assert values["control"] == (control == "-")
+    if control != "-":
+        [of_control] = [words for known, _, *words in ABLATIONS if known == control]
+        _, other = parse([*words, *of_control])
+        assert other["control"]
+        same = ("max_steps", "num_train_samples", "lambda_ce_context", "lambda_kl", "lambda_context")
+        assert {option: other[option] for option in same} == {option: values[option] for option in same}

@@ -144,6 +144,18 @@ def test_ablate_runs_what_is_named_beside_its_control(project):
     assert (project / "results/ablations/training/control/eit_config.json").exists()
 
 
+def test_ablate_takes_the_control_that_a_line_names(project):
+    ended, calls = run(project, "ablate.sh", "one_cut", "steps_50", "two_cuts", AT_ONCE="1")
+    assert ended.returncode == 0, ended.stderr
+    trained = [value(call, "--output_dir").removeprefix("out/ablations/") for call in calls if " train " in call]
+    assert trained == ["control", "one_cut", "control_steps_50", "steps_50", "two_cuts"]
+    compared = [call.split()[1:4] for call in calls if " compare " in call]
+    assert compared == [
+        [f"out/ablations/eval/{run}" for run in ("base", control, name)]
+        for control, name in (("control", "one_cut"), ("control_steps_50", "steps_50"), ("control", "two_cuts"))
+    ]
+
+
 def test_ablate_refuses_an_unknown_name(project):
     ended, calls = run(project, "ablate.sh", "no_such_line")
     assert (ended.returncode, ended.stderr) == (2, "scripts/ablate.sh no_such_line: is not in configs/ablations.txt\n")
