@@ -28,7 +28,7 @@ evaluate() { # NAME [option ...]
 train() { # NAME [option ...]
     local name=$1
     shift
-    sparsekv train --config configs/smollm2_135m.yaml --data '{out/debian_text.jsonl: 0.5, recall: 0.5}' --eval_steps 0 \
+    sparsekv train --config configs/smollm2_135m.yaml --data '{out/debian_text.jsonl: 0.5, recall: 0.5}' --eval_steps 0 --compile true \
         --save_steps 50 --max_steps "$steps" --num_train_samples $((16 * steps)) --resume true --output_dir "out/ablations/$name" "$@"
 }
 

@@ -170,7 +170,13 @@ def test_the_layer_loss_is_the_distance_of_attention_outputs(tmp_path, tiny_toke
     """Σ (student − teacher)² / Σ teacher² of each layer's attention after the first cut, with its gradient."""
     data = rows(4)
     inputs = {"input_ids": torch.tensor(data["input_ids"])}
-    plain = {"lambda_kl": 0, "lambda_context": 0, "lambda_ce_context": 0, "lambda_selection": 0, "ratio_draw": "ceiling"}
+    plain = {
+        "lambda_kl": 0,
+        "lambda_context": 0,
+        "lambda_ce_context": 0,
+        "lambda_selection": 0,
+        "ratio_draw": "ceiling",
+    }
     found = {}
     for weight in (0.0, 0.7):
         trainer = make_trainer(tmp_path, tiny_tokenizer, mixture(**plain, lambda_layer=weight), data=data)
@@ -203,7 +209,9 @@ def test_the_layer_loss_is_the_distance_of_attention_outputs(tmp_path, tiny_toke
     for name, weight in model.named_parameters():
         if name in found[0.7][1]:
             moved = found[0.7][1][name] - found[0.0][1][name]
-            torch.testing.assert_close(moved, torch.zeros_like(moved) if weight.grad is None else weight.grad, atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(
+                moved, torch.zeros_like(moved) if weight.grad is None else weight.grad, atol=1e-5, rtol=1e-3
+            )
 
 
 def test_which_tokens_carry_loss():

@@ -122,7 +122,9 @@ def test_what_the_options_make():
     assert (schedule.initial_keep_ratio, schedule.min_keep_ratio) == (0.9, 0.3)
 
 
-@pytest.mark.parametrize(("name", "control", "options"), [(name, control, words) for name, control, *words in ABLATIONS])
+@pytest.mark.parametrize(
+    ("name", "control", "options"), [(name, control, words) for name, control, *words in ABLATIONS]
+)
 def test_every_ablation_can_be_trained_and_differs_from_the_recipe(name, control, options):
     words = ["train", "--config", str(CONFIGS / "smollm2_135m.yaml"), "--output_dir", f"out/{name}"]
     (_, recipe), (_, values) = (parse([*words, *further]) for further in ([], options))
