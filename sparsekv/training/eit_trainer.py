@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from sparsekv.attention import causal_attention
 from sparsekv.files import write_json, writing
 from sparsekv.observe import observing
-from sparsekv.attention import causal_attention
 from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.callbacks import ScheduleCallback
 from sparsekv.training.config import EITConfig
