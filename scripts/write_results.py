@@ -29,7 +29,7 @@ COMMANDS = {  # experiment → what makes its compare.csv
 }
 # Of a training, beside its data and size.
 LOSS = ("lambda_kl", "lambda_context", "lambda_ce_context", "lambda_selection")
-OPTIONS = (*LOSS, "full_fraction", "lr", "lora_r", "num_cuts")
+OPTIONS = (*LOSS, "lr", "lora_r", "num_cuts")
 LEGEND = (
     "[low, high]: 95% percentile bootstrap over rows. Difference: trained − control, paired by row; ▲ better, ▼ worse, "
     "= no difference (p below 0.05, sign-flip permutation test, Holm over the cells of the run; for ▲ also every "
@@ -229,22 +229,50 @@ def training(folder: Path, results: Path) -> list[str]:
 def ablations_block(runs: Mapping[str, pd.DataFrame]) -> str:
     """One row a run: means over its evicted cells, then its needles by press and by share evicted."""
     found: dict[tuple[str, str], pd.DataFrame] = {}
+    controls: dict[str, pd.DataFrame] = {}
     for name, table in runs.items():
         for role in ROLES:
             mine = table[table.run == role]
-            label = name if role == "trained" else f"{role} {mine.iloc[0].adapter}".strip()
-            found.setdefault((role, label), mine[(mine.reason == "") & (mine.task == ALL_TASKS)])
+            scored = mine[(mine.reason == "") & (mine.task == ALL_TASKS)]
+            if role == "control":
+                controls[name] = scored
+            found.setdefault((role, label_of(role, name, mine)), scored)
     rows = {label: found[role, label] for role, label in sorted(found, key=lambda key: ROLES.index(key[0]))}
     first = next(iter(runs.values()))
-    header = ["run", "full nll", "evicted nll", "KL", "full needles", "evicted needles", "retention", "cells"]
+    header = [
+        "run",
+        "control",
+        "full nll",
+        "evicted nll",
+        "KL",
+        "full needles",
+        "evicted needles",
+        "retention",
+        "cells",
+    ]
     evicted = first[(first.press != NO_PRESS) & (first.task == ALL_TASKS) & (first.run == "trained")]
     cells = (
         f"Means over {evicted.headline.sum()} evicted cells of {caption(first[first.task == ALL_TASKS], named=False)}"
     )
     about = f"{cells} Needles: percent, and retention of it; nll and KL: nats a token. One training seed a run."
-    notes = "Cells: ▲ better, ▼ worse, = no different from the run's control. Intervals: compare.md of each run."
-    table = tables.markdown_table(header, [[label, *means(mine)] for label, mine in rows.items()])
+    notes = (
+        "In brackets the difference from the run's own control, named beside it. Cells: ▲ better, ▼ worse, = no "
+        "different from that. Intervals: compare.md of each run."
+    )
+    lines = []
+    for label, mine in rows.items():
+        control = controls.get(label)
+        against = tables.NONE if control is None else label_of("control", label, control)
+        lines.append([label, against, *means(mine, control)])
+    table = tables.markdown_table(header, lines)
     return "\n\n".join([about, table, notes, "Needles by press, and by share evicted, in percent:", transfer(rows)])
+
+
+def label_of(role: str, name: str, table: pd.DataFrame) -> str:
+    """What a row of an ablation is called: a control by the folder of its training."""
+    if role == "control":
+        return Path(table.iloc[0].adapter).parent.name
+    return name if role == "trained" else role
 
 
 def transfer(runs: Mapping[str, pd.DataFrame]) -> str:
@@ -267,22 +295,30 @@ def of_needles(table: pd.DataFrame) -> pd.Series:
     return table.headline.astype(bool) & ~table.lower_is_better.astype(bool)
 
 
-def means(table: pd.DataFrame) -> list[str]:
+def means(table: pd.DataFrame, control: pd.DataFrame | None) -> list[str]:
     """nll with the full cache and evicted, KL, needles in the same way, their retention, and verdicts."""
-    evicted, full = table[table.press != NO_PRESS], table[table.press == NO_PRESS]
 
-    def mean(rows: pd.DataFrame, metric: str, form: str, column: str = "score") -> str:
-        chosen = rows[of_needles(rows) if metric == "needles" else rows.metric == metric]
-        return tables.figure_text({column: chosen[column].mean()}, column, form)
+    def mean(rows: pd.DataFrame, evicted: bool, metric: str, column: str) -> float:
+        chosen = rows[(rows.press != NO_PRESS) == evicted]
+        chosen = chosen[of_needles(chosen) if metric == "needles" else chosen.metric == metric]
+        return float(chosen[column].mean())
+
+    def shown(evicted: bool, metric: str, form: str, column: str = "score") -> str:
+        value = mean(table, evicted, metric, column)
+        text = tables.figure_text({column: value}, column, form)
+        if control is None or text == tables.NONE:
+            return text
+        difference = {column: value - mean(control, evicted, metric, column)}
+        return f"{text} ({tables.figure_text(difference, column, form.replace('{:', '{:+'))})"
 
     return [
-        mean(full, "nll", "{:.3f}"),
-        mean(evicted, "nll", "{:.3f}"),
-        mean(evicted, "kl", "{:.3f}"),
-        mean(full, "needles", "{:.1f}"),
-        mean(evicted, "needles", "{:.1f}"),
-        mean(evicted, "needles", "{:.1%}", "retention"),
-        verdicts(evicted[evicted.headline.astype(bool)]),
+        shown(False, "nll", "{:.3f}"),
+        shown(True, "nll", "{:.3f}"),
+        shown(True, "kl", "{:.3f}"),
+        shown(False, "needles", "{:.1f}"),
+        shown(True, "needles", "{:.1f}"),
+        shown(True, "needles", "{:.1%}", "retention"),
+        verdicts(table[(table.press != NO_PRESS) & table.headline.astype(bool)]),
     ]
 
 

@@ -23,8 +23,7 @@ from sparsekv.training.loss import LogitSums, sums_from_logits
 
 # Compilations of one function that torch allows before it gives up on it. A run has eight: the teacher, the student's
 # first layer (whose input needs no gradient) and its others, evaluation with and without eviction, and the first three
-# for a last, smaller batch; --full_fraction adds the student without eviction. Models with sliding layers have twice
-# as many. The default is 8.
+# for a last, smaller batch. Models with sliding layers have twice as many. The default is 8.
 VARIANTS = 32
 
 

@@ -39,8 +39,6 @@ class EITConfig:
         What is kept: rule name → weight of the mixture. anchor, random, anchor_random, or a press of kvpress.
     ratio_draw
         uniform: each cut's keep ratio is drawn between the schedule's value and 1. ceiling: it is the schedule's value.
-    full_fraction
-        Share of the steps that evict nothing, as the control's: holds full-cache ability where only suffixes reach.
     scheduler_mode
         Keep ratio by step: fixed (min_keep_ratio), curriculum, or adaptive (watches perplexity under eviction).
     initial_keep_ratio
@@ -65,8 +63,6 @@ class EITConfig:
         Weight of the cross-entropy on context tokens, whose queries see the full cache.
     lambda_selection
         Weight of the selection loss: presses learn to keep what the teacher's later queries attend to.
-    lambda_layer
-        Weight of the layer loss: every layer's attention output follows the teacher's, relative to its size.
     temperature
         Temperature of both distributions in the KL.
     kl_direction
@@ -84,7 +80,6 @@ class EITConfig:
     max_cut: float = 0.9
     rules: dict[str, float] = field(default_factory=default_rules)
     ratio_draw: RatioDraw = "uniform"
-    full_fraction: float = 0.0
     scheduler_mode: SchedulerMode = "curriculum"
     initial_keep_ratio: float = 0.9
     min_keep_ratio: float = 0.3
@@ -97,14 +92,13 @@ class EITConfig:
     lambda_context: float = 1.0
     lambda_ce_context: float = 1.0
     lambda_selection: float = 3.0
-    lambda_layer: float = 0.0
     temperature: float = 1.0
     kl_direction: Direction = "forward"
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for flag in ("lambda_kl", "lambda_context", "lambda_ce_context", "lambda_selection", "lambda_layer"):
+        for flag in ("lambda_kl", "lambda_context", "lambda_ce_context", "lambda_selection"):
             value = getattr(self, flag)
             require(0 <= value < math.inf, f"--{flag} {value}: must be at least 0")
         require(0 < self.temperature < math.inf, f"--temperature {self.temperature}: must be above 0")
@@ -114,7 +108,6 @@ class EITConfig:
             ("kl_direction", self.kl_direction, get_args(Direction)),
         ):
             require(value in choices, f"--{flag} {value!r}: must be one of {', '.join(choices)}")
-        require(0 <= self.full_fraction < 1, f"--full_fraction {self.full_fraction}: must be at least 0 and below 1")
         require(bool(self.rules), "--rules is empty: name at least one rule")
         for name, weight in self.rules.items():
             require(0 < weight < math.inf, f"--rules gives {name!r} the weight {weight}: must be above 0")
@@ -139,14 +132,9 @@ class EITConfig:
         return self.lambda_selection > 0 and not self.control
 
     @property
-    def follows_layers(self) -> bool:
-        """Whether there is a layer loss."""
-        return self.lambda_layer > 0 and not self.control
-
-    @property
     def needs_teacher(self) -> bool:
         """Whether some part of the loss compares with the full-cache teacher."""
-        return self.lambda_kl > 0 or self.lambda_context > 0 or self.selects or self.follows_layers
+        return self.lambda_kl > 0 or self.lambda_context > 0 or self.selects
 
     def make_schedule(self, total_steps: int) -> KeepRatioScheduler:
         """The schedule of the keep ratio over `total_steps` optimizer steps."""
@@ -165,14 +153,7 @@ class EITConfig:
     def make_sampler(self) -> PlanSampler:
         """The source of each step's cuts, rules and ratios."""
         return PlanSampler(
-            geometry=self.geometry,
-            rules=self.rules,
-            num_cuts=self.num_cuts,
-            min_cut=self.min_cut,
-            max_cut=self.max_cut,
-            ratio_draw=self.ratio_draw,
-            seed=self.seed,
-            full_fraction=self.full_fraction,
+            self.geometry, self.rules, self.num_cuts, self.min_cut, self.max_cut, self.ratio_draw, self.seed
         )
 
 

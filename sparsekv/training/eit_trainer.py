@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sparsekv.attention import causal_attention
 from sparsekv.files import write_json, writing
 from sparsekv.observe import observing
 from sparsekv.training.anchor import AnchorSelector
@@ -104,9 +103,8 @@ class EITTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a micro-batch, both inside the eviction context (checkpointing recomputes)."""
-        plan = self.current_plan(inputs["input_ids"].shape[1])
-        evicted = None if self.config.control or not plan.evicts else plan
-        with KVDropoutContext(self.base, evicted, self.selector) as self.eviction, training_already(model, self.base):
+        plan = None if self.config.control else self.current_plan(inputs["input_ids"].shape[1])
+        with KVDropoutContext(self.base, plan, self.selector) as self.eviction, training_already(model, self.base):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -142,10 +140,10 @@ class EITTrainer(Trainer):
                 numbers=None if "attention_mask" in inputs else unpadded_tokens(input_ids.shape, plan.first_query),
             )
             tokens, context_tokens = counts.to(sums.loss.device).clamp(min=1)
-            selection, layers = self._selection(labels, tokens)
+            selection = self._selection(labels, tokens)
             self.meter.add(sums, counts, inputs, plan, self.eviction.last, self.selector, selection)
             loss = sums.loss / tokens + sums.context_loss / context_tokens
-            return loss + config.lambda_selection * selection + config.lambda_layer * layers
+            return loss + config.lambda_selection * selection
 
         loss = run_with_loss(model, self.base, inputs, head_loss).to(self.args.device)
         return loss * self.accelerator.num_processes  # gradients are averaged over processes; `counts` are of all
@@ -167,37 +165,27 @@ class EITTrainer(Trainer):
     @contextlib.contextmanager
     def _noting_importance(self, teacher: PreTrainedModel, plan: EvictionPlan) -> Iterator[None]:
         """Hand the student's forward what the teacher's later queries attend to, where the selection loss is on."""
-        if not (self.config.selects or self.config.follows_layers) or not plan.evicts:
+        if not self.config.selects:
             yield
             return
         importance: dict[int, list[Tensor]] = {}
-        outputs: dict[int, Tensor] = {}
 
         def receive(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
             # as attended to: under autocast the rotary embedding leaves queries and keys in float32
-            query, key = query.to(value.dtype), key.to(value.dtype)
-            if self.config.selects:
-                importance[layer] = later_attention(query, key, scaling, plan.cuts)
-            if self.config.follows_layers:
-                outputs[layer] = causal_attention(query, key, value, scaling, 0.0)[:, :, plan.first_query :]
+            importance[layer] = later_attention(query.to(value.dtype), key.to(value.dtype), scaling, plan.cuts)
 
         with observing(teacher, receive, plain_only=True):  # a layer with a window evicts nothing
             yield
-        if not importance and not outputs:
-            raise ValueError("selection and layer loss need rows without padding; without them, set their weights to 0")
-        self.eviction.importance, self.eviction.outputs = importance, outputs
+        if not importance:
+            raise ValueError("the selection loss needs rows without padding; without it, set lambda_selection=0")
+        self.eviction.importance = importance
 
-    def _selection(self, labels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """This micro-batch's part of the step's selection and layer loss: a row counts by its tokens with loss."""
-        zero = torch.zeros((), device=tokens.device)
-        if not torch.is_grad_enabled() or self.eviction.last is None:
-            return zero, zero
-        last, weights = self.eviction.last, (labels != IGNORE_INDEX).sum(-1).to(tokens.device)
-
-        def mean(asked: bool, losses: Callable[[], Tensor]) -> Tensor:
-            return (losses().to(tokens.device) * weights).sum() / tokens if asked else zero
-
-        return mean(self.config.selects, last.selection_loss), mean(self.config.follows_layers, last.layer_loss)
+    def _selection(self, labels: Tensor, tokens: Tensor) -> Tensor:
+        """This micro-batch's part of the step's selection loss: a row counts by its tokens with loss."""
+        if not self.config.selects or not torch.is_grad_enabled() or self.eviction.last is None:
+            return torch.zeros((), device=tokens.device)
+        rows = self.eviction.last.selection_loss().to(tokens.device)
+        return (rows * (labels != IGNORE_INDEX).sum(-1).to(tokens.device)).sum() / tokens
 
     def _teacher_head(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
         if self.teacher is not None:

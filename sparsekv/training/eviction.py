@@ -42,8 +42,6 @@ class ForwardEviction:
 
     Attributes
     ----------
-    outputs : dict of layer → Float[B, H, L − first_query, D]
-        The teacher's attention outputs where the cache is evicted: asks these layers for the layer loss.
     keeps : dict of layer → list of Bool[B, G, cut]
     counts : dict of layer → list of int or None
         Entries that a head keeps at a cut, in every row on average over its heads; None when rows differ.
@@ -72,8 +70,6 @@ class ForwardEviction:
         self.even: dict[int, bool] = {}
         self.importance = importance
         self.ranked: dict[int, list[Kept]] = {}
-        self.outputs: Mapping[int, Tensor] = {}
-        self.layer_losses: dict[int, Tensor] = {}
         self.recomputed = False
         random_rules = {"random", "anchor_random"} & set(plan.rules)
         unused = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
@@ -184,27 +180,6 @@ class ForwardEviction:
         dropout: float,
     ) -> Tensor:
         """Attention of one layer under the plan: [B, H, L, D], by the fast path where it applies."""
-        out = self._attend(module, query, key, value, attention_mask, scaling, dropout)
-        target = self.outputs.get(layer_of(module))
-        if target is not None and torch.is_grad_enabled():
-            self.layer_losses[layer_of(module)] = relative_error(out[:, :, self.plan.first_query :], target)
-        return out
-
-    def layer_loss(self) -> Tensor:
-        """Float32[B]: each row's layer loss, mean over the layers that have one."""
-        rows = [losses.to(self.input_ids.device) for losses in self.layer_losses.values()]
-        return torch.stack(rows).mean(0) if rows else torch.zeros(len(self.input_ids), device=self.input_ids.device)
-
-    def _attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None,
-        dropout: float,
-    ) -> Tensor:
         keeps = self.decide(module, key, value)
         layer = layer_of(module)
         counts = [count for count in self.counts[layer] if count is not None]
@@ -234,13 +209,6 @@ class ForwardEviction:
                 kept += float(keep.sum()) if count is None else rows * heads * count
                 total += heads * (rows * cut if self.real is None else float(self.real[:, :cut].sum()))
         return kept / total
-
-
-def relative_error(out: Tensor, target: Tensor) -> Tensor:
-    """Float32[B]: Σ (out − target)² / Σ target² of each row, for Float[B, H, L, D] attention outputs."""
-    target = target.float()
-    error = (out.float() - target).pow(2).sum((1, 2, 3))
-    return error / target.pow(2).sum((1, 2, 3)).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _loss_at_cut(scores: Tensor, number: int, importance: Tensor, even: bool) -> Tensor:

@@ -52,8 +52,6 @@ class KVDropoutContext:
     ----------
     importance : dict of layer → list of Float32[B, G, cut]
         Of the next forward (see `ForwardEviction`).
-    outputs : dict of layer → Float[B, H, L − first_query, D]
-        Likewise.
     last : ForwardEviction or None
         The most recent forward's decisions (`keeps`, `keep_ratio()`).
 
@@ -68,7 +66,6 @@ class KVDropoutContext:
         self.plan = plan
         self.selector = selector
         self.importance: Mapping[int, Sequence[Tensor]] = {}
-        self.outputs: Mapping[int, Tensor] = {}
         self.last: ForwardEviction | None = None
         self._stack = contextlib.ExitStack()
         self._awaits_recomputation = False
@@ -118,7 +115,6 @@ class KVDropoutContext:
         if self.plan is None:
             return args, kwargs
         self.last = begin_forward(self.plan, self.selector, args, kwargs, self.importance)
-        self.last.outputs = self.outputs
         checkpointing = getattr(decoder, "gradient_checkpointing", False) and self.base.training
         self._awaits_recomputation = checkpointing and torch.is_grad_enabled()
         return args, {**kwargs, "eviction": self.last, "use_cache": False}

@@ -22,7 +22,6 @@ class EvictionPlan:
     rules : the rule's name at each cut (one for the whole sequence in the other geometries).
     keep_ratios : share of the context kept at each cut.
     seed : for the random rules.
-    evicts : False for a step with the full cache, which has cuts all the same: they say which tokens are context.
     """
 
     geometry: Geometry
@@ -30,7 +29,6 @@ class EvictionPlan:
     rules: tuple[str, ...]
     keep_ratios: tuple[float, ...]
     seed: int = 0
-    evicts: bool = True
 
     def __post_init__(self) -> None:
         if self.geometry not in get_args(Geometry):
@@ -59,7 +57,6 @@ class PlanSampler:
         `num_cuts` equal parts with one cut in each.
     ratio_draw : "uniform" draws the keep ratio between the schedule's current value and 1 (that is, the compression
         below its ceiling); "ceiling" takes the schedule's value itself.
-    full_fraction : share of the steps, evenly spread, that evict nothing.
     """
 
     geometry: Geometry
@@ -69,7 +66,6 @@ class PlanSampler:
     max_cut: float
     ratio_draw: RatioDraw
     seed: int
-    full_fraction: float = 0.0
 
     def check(self, length: int) -> None:
         """Raise UserError unless every cut leaves a context and a suffix in rows of `length` tokens."""
@@ -91,8 +87,7 @@ class PlanSampler:
         draws = max(len(cuts), 1)
         rules = rng.choices(list(self.rules), weights=list(self.rules.values()), k=draws)
         ratios = [rng.uniform(keep_ratio, 1) if self.ratio_draw == "uniform" else keep_ratio for _ in range(draws)]
-        evicts = math.floor((step + 1) * self.full_fraction) == math.floor(step * self.full_fraction)
-        return EvictionPlan(self.geometry, cuts, tuple(rules), tuple(ratios), rng.getrandbits(48), evicts)
+        return EvictionPlan(self.geometry, cuts, tuple(rules), tuple(ratios), rng.getrandbits(48))
 
     def _draw_cuts(self, rng: random.Random, length: int) -> tuple[int, ...]:
         first = math.floor(self.min_cut * length)

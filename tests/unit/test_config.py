@@ -44,7 +44,6 @@ def test_every_option_is_documented():
         *(("step_size", value) for value in (0.0, 1.0, math.nan)),
         *(("ppl_threshold", value) for value in (-0.1, math.nan)),
         *(("seed", value) for value in (-1, 2**32)),
-        *(("full_fraction", value) for value in (-0.1, 1.0, math.nan)),
         ("patience", 0),
         ("geometry", "round"),
         ("kl_direction", "sideways"),

@@ -1,7 +1,5 @@
 """Plans: fixed by seed and step, within their ranges, and refused where they leave nothing to train on."""
 
-import dataclasses
-import itertools
 from collections import Counter
 
 import pytest
@@ -82,17 +80,6 @@ def test_ratios_fill_the_range_between_the_schedule_and_one_or_are_the_schedule(
     assert 0.99 < max(drawn) <= 1
     assert abs(sum(drawn) / len(drawn) - 0.65) < 0.03
     assert set(sampler(ratio_draw="ceiling").draw(0, 100, 0.3).keep_ratios) == {0.3}
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.5, 0.9])
-def test_the_given_share_of_the_steps_evicts_nothing_and_the_others_stay_as_they_are(fraction):
-    plans = [sampler(full_fraction=fraction).draw(step, 100, 0.3) for step in range(200)]
-    full = [step for step, plan in enumerate(plans) if not plan.evicts]
-    assert len(full) == round(200 * fraction)
-    assert all(later - earlier <= 1 / fraction + 1 for earlier, later in itertools.pairwise(full)), "evenly spread"
-    for step, plan in enumerate(plans):
-        other = sampler().draw(step, 100, 0.3)
-        assert plan == (dataclasses.replace(other, evicts=step not in full))
 
 
 @pytest.mark.parametrize("geometry", ["streaming", "global"])

@@ -164,10 +164,14 @@ def test_ablations(tmp_path: Path, document: Path) -> None:
     main(tmp_path / "results", document)
     text, transfer = block(document, "ablations").split("Needles by press")
     found = rows(text)
-    assert list(found)[2:] == ["base", "control out/control/final", "high", "low"]
-    assert found["high"] == ["1.910", "2.100", "0.125", "90.0", "50.0", "55.6%", "▲ 2 ▼ 0 = 1"]
-    assert found["low"][4:6] == ["42.5", "47.2%"]
-    assert found["base"] == ["2.000", "2.500", "0.300", "80.0", "30.0", "37.5%", "–"]
+    assert list(found)[2:] == ["base", "control", "high", "low"]
+    assert found["control"] == ["–", "1.900", "2.400", "0.250", "90.0", "35.0", "38.9%", "–"]
+    assert found["high"] == [
+        *("control", "1.910 (+0.010)", "2.100 (-0.300)", "0.125 (-0.125)"),
+        *("90.0 (+0.0)", "50.0 (+15.0)", "55.6% (+16.7%)", "▲ 2 ▼ 0 = 1"),
+    ]
+    assert found["low"][5:7] == ["42.5 (+7.5)", "47.2% (+8.3%)"]
+    assert found["base"] == ["–", "2.000", "2.500", "0.300", "80.0", "30.0", "37.5%", "–"]
     assert "Means over 3 evicted cells of tiny;" in text
     by_press = rows(transfer)
     assert by_press["run"] == ["anchor", "snapkv", "50%", "70%"]
