@@ -35,6 +35,7 @@ train() { # NAME [option ...]
 one() { # NAME CONTROL [option ...]
     local name=$1 log=out/ablations/log/$1.log
     shift 2
+    rm -f "${log%.log}.done"
     if [[ $name == base ]]; then
         evaluate base
     else
@@ -44,22 +45,24 @@ one() { # NAME CONTROL [option ...]
     return 1
 }
 
-chosen() { # [NAME ...]: their lines and their controls', of which each comes once
-    local name
+chosen() { # [NAME ...]: their lines after those of their controls, each once; without names all
     echo base -
-    if (($# == 0)); then
-        grep -v '^#' "$runs"
-        return
-    fi
-    for name in "$@"; do
-        awk -v name="$name" '$1 == name { print $2; known = 1 } END { exit !known }' "$runs" || {
-            echo "scripts/ablate.sh $name: is not in $runs" >&2
-            exit 2
-        }
-        echo "$name"
-    done | while read -r name; do
-        awk -v name="$name" '$1 == name' "$runs"
-    done | awk '!known[$0]++'
+    awk -v names="$*" -v runs="$runs" '
+        function show(name) { if (name in line && !shown[name]++) print line[name] }
+        /^#/ { next }
+        { line[$1] = $0; control[$1] = $2 }
+        names == "" { print }
+        END {
+            number = split(names, name, " ")
+            for (i = 1; i <= number; i++) {
+                if (!(name[i] in line)) {
+                    print "scripts/ablate.sh " name[i] ": is not in " runs > "/dev/stderr"
+                    exit 2
+                }
+                show(control[name[i]])
+                show(name[i])
+            }
+        }' "$runs"
 }
 
 list=$(chosen "$@")

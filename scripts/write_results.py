@@ -227,52 +227,31 @@ def training(folder: Path, results: Path) -> list[str]:
 
 
 def ablations_block(runs: Mapping[str, pd.DataFrame]) -> str:
-    """One row a run: means over its evicted cells, then its needles by press and by share evicted."""
-    found: dict[tuple[str, str], pd.DataFrame] = {}
-    controls: dict[str, pd.DataFrame] = {}
+    """One row a run: means over its evicted cells, each with its difference from the control; then needles by press."""
+    base, controls, trained, control_of = {}, {}, {}, {}
     for name, table in runs.items():
-        for role in ROLES:
-            mine = table[table.run == role]
-            scored = mine[(mine.reason == "") & (mine.task == ALL_TASKS)]
-            if role == "control":
-                controls[name] = scored
-            found.setdefault((role, label_of(role, name, mine)), scored)
-    rows = {label: found[role, label] for role, label in sorted(found, key=lambda key: ROLES.index(key[0]))}
+        scored = table[(table.reason == "") & (table.task == ALL_TASKS)]
+        mine = {role: scored[scored.run == role] for role in ROLES}
+        control_of[name] = Path(mine["control"].iloc[0].adapter).parent.name
+        base["base"], controls[control_of[name]], trained[name] = (mine[role] for role in ROLES)
+    rows = base | dict(sorted(controls.items())) | trained
     first = next(iter(runs.values()))
-    header = [
-        "run",
-        "control",
-        "full nll",
-        "evicted nll",
-        "KL",
-        "full needles",
-        "evicted needles",
-        "retention",
-        "cells",
-    ]
     evicted = first[(first.press != NO_PRESS) & (first.task == ALL_TASKS) & (first.run == "trained")]
     cells = (
         f"Means over {evicted.headline.sum()} evicted cells of {caption(first[first.task == ALL_TASKS], named=False)}"
     )
     about = f"{cells} Needles: percent, and retention of it; nll and KL: nats a token. One training seed a run."
     notes = (
-        "In brackets the difference from the run's own control, named beside it. Cells: ▲ better, ▼ worse, = no "
-        "different from that. Intervals: compare.md of each run."
+        "In brackets the difference from the control named beside it. Cells: ▲ better, ▼ worse, = no different from "
+        "that. Intervals: compare.md of each run."
     )
-    lines = []
-    for label, mine in rows.items():
-        control = controls.get(label)
-        against = tables.NONE if control is None else label_of("control", label, control)
-        lines.append([label, against, *means(mine, control)])
-    table = tables.markdown_table(header, lines)
+    header = ["run", "control", "full nll", "evicted nll", "KL", "full needles", "evicted needles"]
+    lines = [
+        [name, control_of.get(name, tables.NONE), *means(mine, controls.get(control_of.get(name, "")))]
+        for name, mine in rows.items()
+    ]
+    table = tables.markdown_table([*header, "retention", "cells"], lines)
     return "\n\n".join([about, table, notes, "Needles by press, and by share evicted, in percent:", transfer(rows)])
-
-
-def label_of(role: str, name: str, table: pd.DataFrame) -> str:
-    """What a row of an ablation is called: a control by the folder of its training."""
-    if role == "control":
-        return Path(table.iloc[0].adapter).parent.name
-    return name if role == "trained" else role
 
 
 def transfer(runs: Mapping[str, pd.DataFrame]) -> str:

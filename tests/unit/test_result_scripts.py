@@ -1,5 +1,6 @@
 """scripts/headline.sh and scripts/ablate.sh, which make what results/ keeps; `sparsekv` and `python` are stand-ins."""
 
+import shlex
 import shutil
 import subprocess
 from collections import Counter
@@ -154,6 +155,24 @@ def test_ablate_takes_the_control_that_a_line_names(project):
         [f"out/ablations/eval/{run}" for run in ("base", control, name)]
         for control, name in (("control", "one_cut"), ("control_steps_50", "steps_50"), ("control", "two_cuts"))
     ]
+
+
+def test_ablate_runs_every_line_with_its_options(project):
+    ended, calls = run(project, "ablate.sh")
+    assert ended.returncode == 0, ended.stderr
+    lines = [shlex.split(line) for line in (project / "configs/ablations.txt").read_text().splitlines()[1:]]
+    trained = {value(call, "--output_dir").removeprefix("out/ablations/"): call for call in calls if " train " in call}
+    assert sorted(trained) == sorted(name for name, *_ in lines)
+    assert all(trained[name].endswith(" ".join([f"out/ablations/{name}", *options])) for name, _, *options in lines)
+    assert sum(" compare " in call for call in calls) == sum(control != "-" for _, control, *_ in lines)
+
+
+def test_ablate_compares_nothing_that_failed_this_time(project):
+    run(project, "ablate.sh", "one_cut")
+    ended, calls = run(project, "ablate.sh", "one_cut", FAIL="--out out/ablations/eval/one_cut")
+    assert ended.returncode != 0
+    assert "scripts/ablate.sh: one_cut failed: out/ablations/log/one_cut.log" in ended.stderr
+    assert not any(" compare " in call for call in calls)
 
 
 def test_ablate_refuses_an_unknown_name(project):

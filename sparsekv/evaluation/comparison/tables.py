@@ -230,5 +230,10 @@ def figure_text(row: Mapping[str, Any], name: str, form: str, bounds: str = "") 
     value, low, high = (row.get(key, np.nan) for key in (name, f"{bounds or name}_low", f"{bounds or name}_high"))
     if pd.isna(value):
         return NONE
-    value, low, high = (round(number, 9) + 0.0 for number in (value, low, high))  # no -0
-    return form.format(value) + ("" if pd.isna(low) else f" [{form.format(low)}, {form.format(high)}]")
+    return _number(value, form) + ("" if pd.isna(low) else f" [{_number(low, form)}, {_number(high, form)}]")
+
+
+def _number(value: float, form: str) -> str:
+    """A zero has no minus."""
+    text = form.format(value)
+    return text if text.strip("-0.%") else form.format(0.0)
