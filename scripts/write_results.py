@@ -228,13 +228,13 @@ def training(folder: Path, results: Path) -> list[str]:
 
 def ablations_block(runs: Mapping[str, pd.DataFrame]) -> str:
     """One row a run: means over its evicted cells, each with its difference from the control; then needles by press."""
-    base, controls, trained, control_of = {}, {}, {}, {}
+    controls, trained, control_of = {}, {}, {}
     for name, table in runs.items():
         scored = table[(table.reason == "") & (table.task == ALL_TASKS)]
-        mine = {role: scored[scored.run == role] for role in ROLES}
-        control_of[name] = Path(mine["control"].iloc[0].adapter).parent.name
-        base["base"], controls[control_of[name]], trained[name] = (mine[role] for role in ROLES)
-    rows = base | dict(sorted(controls.items())) | trained
+        base, control, trained[name] = (scored[scored.run == role] for role in ROLES)
+        control_of[name] = Path(control.iloc[0].adapter).parent.name
+        controls[control_of[name]] = control
+    rows = {"base": base, **dict(sorted(controls.items())), **trained}
     first = next(iter(runs.values()))
     evicted = first[(first.press != NO_PRESS) & (first.task == ALL_TASKS) & (first.run == "trained")]
     cells = (

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from sparsekv.errors import UserError
+from sparsekv.evaluation.comparison import tables
 from sparsekv.evaluation.comparison.compare import compare, summarize, write_summary
 from sparsekv.evaluation.comparison.levels import ALL_TASKS, levels
 from sparsekv.evaluation.comparison.results import BOUND_COLUMNS, load_results
@@ -407,3 +408,18 @@ def test_corrupt_bounds_are_named(tmp_path: Path) -> None:
     write_bounds(tmp_path / "base-0", bound="many")
     with pytest.raises(UserError, match=r"bounds/x.csv: corrupt .*; delete .* run the same `sparsekv eval` again"):
         load_results(tmp_path / "base-0")
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "text"),
+    [
+        (-0.0003, "{:.3f}", "0.000"),
+        (-0.0003, "{:+.3f}", "+0.000"),
+        (-0.0004, "{:.1%}", "0.0%"),
+        (-0.5, "{:+.1f}", "-0.5"),
+    ],
+)
+def test_a_zero_has_no_minus(value, form, text):
+    assert tables.figure_text({"x": value}, "x", form) == text
+    interval = tables.figure_text({"x": 1.0, "x_low": value, "x_high": 2.0}, "x", form)
+    assert interval == f"{form.format(1.0)} [{text}, {form.format(2.0)}]"

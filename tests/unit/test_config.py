@@ -140,5 +140,5 @@ def test_every_ablation_can_be_trained_and_differs_from_the_recipe(name, control
         assert other["control"]
         same = ("max_steps", "num_train_samples", "lambda_ce_context", "lambda_kl", "lambda_context")
         assert {option: other[option] for option in same} == {option: values[option] for option in same}
-        if name not in ("reverse_kl", "js", "attention_only"):  # one control less each (docs/results.md)
+        if name not in ("reverse_kl", "js", "attention_only"):  # they have the common control (docs/results.md)
             assert all(other[option] == values[option] for option in ("kl_direction", "lora_r", "lora_targets"))
