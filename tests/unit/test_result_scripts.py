@@ -65,7 +65,7 @@ def value(call, option):
 
 
 def test_headline_trains_on_every_gpu_and_evaluates_and_compares_all(project):
-    ended, calls = run(project, "headline.sh", GPUS="5,7", TRAININGS="2", PER_GPU="3")
+    ended, calls = run(project, "headline.sh", GPUS="5,7", RUNS="2", PROCESSES="3")
     assert ended.returncode == 0, ended.stderr
     trained = [call for call in calls if " train " in call]
     assert sorted(
@@ -99,27 +99,43 @@ def test_headline_trains_on_every_gpu_and_evaluates_and_compares_all(project):
     assert (project / "out/held.jsonl").read_text().split() == ["2", "3", "4"]
     assert (project / "out/val_text.jsonl").read_text().split() == ["1", "5"]
 
-    again, calls = run(project, "headline.sh", GPUS="5", PER_GPU="3")
+    again, calls = run(project, "headline.sh", GPUS="5", PROCESSES="3")
     assert again.returncode == 0
     assert len([call for call in calls if " eval " in call]) == len(evaluated)  # they find what is done
     assert not [call for call in calls if " train " in call or "python" in call]
 
 
-def test_headline_compares_nothing_when_a_training_fails_and_goes_on_later(project):
+def test_headline_compares_nothing_when_a_run_fails_and_goes_on_later(project):
     ended, calls = run(project, "headline.sh", GPUS="0", FAIL="out/trained-1")
     assert ended.returncode != 0
     assert ended.stderr.strip() == "scripts/headline.sh: failed: out/headline/trained-1.log"
     assert "no memory" in (project / "out/headline/trained-1.log").read_text()
     assert sum(" train " in call for call in calls) == 6
-    assert not any(" eval " in call or "compare" in call for call in calls)
+    assert len({value(call, "--out") for call in calls if " eval " in call}) == 12  # of all runs but that one
+    assert not any("compare" in call for call in calls)
     ended, calls = run(project, "headline.sh", GPUS="0")
     assert ended.returncode == 0
     assert [value(call, "--output_dir") for call in calls if " train " in call] == ["out/trained-1"]
 
 
-@pytest.mark.parametrize(("trainings", "together", "status"), [("3", "3", 0), ("1", "2", 1)])
-def test_so_many_trainings_share_a_gpu(project, trainings, together, status):
-    ended, calls = run(project, "headline.sh", GPUS="0", TRAININGS=trainings, TOGETHER=together)
+def test_headline_compares_nothing_when_an_evaluation_fails(project):
+    ended, calls = run(project, "headline.sh", GPUS="0", FAIL="--out out/eval/base")
+    assert ended.returncode != 0
+    assert ended.stderr.strip() == "scripts/headline.sh: failed: out/headline/base.log"
+    assert not any("compare" in call for call in calls)
+
+
+def test_headline_evaluates_a_run_once_it_is_trained(project):
+    _, calls = run(project, "headline.sh", GPUS="0")
+    first = [call for call in calls if "out/trained-0" in call or "out/shipped" in call]
+    assert [" train " in first[0], "ship_adapter" in first[1], " eval " in first[2]] == [True] * 3
+    before = calls.index(next(call for call in calls if "out/trained-1" in call))
+    assert all(calls.index(call) < before for call in first)
+
+
+@pytest.mark.parametrize(("runs", "together", "status"), [("3", "3", 0), ("1", "2", 1)])
+def test_so_many_trainings_share_a_gpu(project, runs, together, status):
+    ended, calls = run(project, "headline.sh", GPUS="0", RUNS=runs, TOGETHER=together)
     assert (ended.returncode != 0) == status, ended.stderr
     assert {call.split()[0] for call in calls if " train " in call} == {"0"}
 
