@@ -12,19 +12,9 @@ cd "$(dirname "$0")/.."
 # shellcheck source=scripts/results_lib.sh
 source scripts/results_lib.sh
 share=4 # processes of one evaluation
-if [[ -z ${GPUS:-} ]]; then
-    GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste -sd,) || {
-        echo "scripts/headline.sh: nvidia-smi finds no GPU; name those to use, such as GPUS=0,1" >&2
-        exit 2
-    }
-fi
-IFS=, read -ra gpus <<< "$GPUS"
 
-one() { # RUN: on the GPU of this xargs slot
-    local run=$1 log=out/headline/$1.log gpus
-    IFS=, read -ra gpus <<< "$GPUS"
-    # shellcheck disable=SC2153  # xargs sets it
-    export CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]}
+one() { # RUN
+    local run=$1 log=out/headline/$1.log
     { train "$run" && evaluations "$run" | xargs -P "$PROCESSES" -L 1 sparsekv eval; } >> "$log" 2>&1 && return
     echo "scripts/headline.sh: failed: $log" >&2
     return 1
@@ -72,16 +62,15 @@ list() { # FOLDER KIND: its three runs as `sparsekv compare` takes them
     echo "out/$1/$2-0,out/$1/$2-1,out/$1/$2-2"
 }
 
+find_gpus
 mkdir -p out/headline
 PROCESSES=${PROCESSES:-4}
-export GPUS PROCESSES share presses ratios
-export -f one train evaluations needles evaluate
+export PROCESSES share presses ratios
+export -f train evaluations needles evaluate
 make_texts
 [[ -e out/self_chat.jsonl ]] ||
-    CUDA_VISIBLE_DEVICES=${gpus[0]} python scripts/self_chat.py --output out/self_chat.jsonl --conversations 2560 --batch_size 1280
-# shellcheck disable=SC2016  # for the shell that xargs starts
-printf '%s\n' {trained,control}-{0,1,2} base |
-    xargs -P $((${RUNS:-1} * ${#gpus[@]})) --process-slot-var=SLOT -L 1 bash -c 'one "$@"' _
+    (use_gpu 0 && python scripts/self_chat.py --output out/self_chat.jsonl --conversations 2560 --batch_size 1280)
+printf '%s\n' {trained,control}-{0,1,2} base | each_on_a_gpu "${RUNS:-1}"
 sparsekv compare out/eval/base "$(list eval control)" "$(list eval trained)" --output results/headline
 sparsekv compare out/lengths/{base,control-0,trained-0} --output results/beyond/lengths
 sparsekv compare out/tasks/{base,control-0,trained-0} --output results/beyond/tasks

@@ -3,6 +3,30 @@
 presses=snapkv,streaming_llm,critical_snapkv,kvzip,knorm,keydiff,expected_attention,random,anchor
 ratios=0.3,0.5,0.7
 
+# GPUS, where it is not set: all that there are.
+find_gpus() {
+    [[ -n ${GPUS:-} ]] && return
+    GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste -sd,) && return
+    echo "scripts/${0##*/}: nvidia-smi finds no GPU; name those to use, such as GPUS=0,1" >&2
+    exit 2
+}
+
+use_gpu() { # NUMBER: that of $GPUS, round and round
+    local gpus
+    IFS=, read -ra gpus <<< "$GPUS"
+    export CUDA_VISIBLE_DEVICES=${gpus[$1 % ${#gpus[@]}]}
+}
+
+# Lines of standard input to `one`, RUNS on each of $GPUS at a time; fails if one of them does.
+each_on_a_gpu() { # RUNS
+    local gpus
+    IFS=, read -ra gpus <<< "$GPUS"
+    export GPUS
+    export -f one use_gpu
+    # shellcheck disable=SC2016  # for the shell that xargs starts
+    xargs -P $(($1 * ${#gpus[@]})) --process-slot-var=SLOT -L 1 bash -c 'use_gpu "$SLOT"; one "$@"' _
+}
+
 # Text to train on, out/debian_text.jsonl; to choose a recipe by, out/val_text.jsonl; to report, out/held.jsonl.
 make_texts() {
     [[ -e out/debian_text.jsonl && -e out/debian_held_out.jsonl ]] ||

@@ -25,7 +25,7 @@ COMMANDS = {  # experiment → what makes its compare.csv
     "headline": f"sparsekv compare out/eval/base {SEEDS.format('out/eval/control')} {SEEDS.format('out/eval/trained')} "
     "--output results/headline",
     "beyond": "sparsekv compare out/WHAT/base out/WHAT/control-0 out/WHAT/trained-0 --output results/beyond/WHAT",
-    "ablations": "scripts/ablate.sh",
+    "ablations": "scripts/short_runs.sh ablations",
 }
 # Of a training, beside its data and size.
 LOSS = ("lambda_kl", "lambda_context", "lambda_ce_context", "lambda_selection")

@@ -1,4 +1,4 @@
-"""scripts/headline.sh and scripts/ablate.sh, which make what results/ keeps; `sparsekv` and `python` are stand-ins."""
+"""scripts/headline.sh and scripts/short_runs.sh, which make what results/ keeps; `sparsekv` and `python` are stand-ins."""
 
 import shlex
 import shutil
@@ -140,17 +140,18 @@ def test_so_many_trainings_share_a_gpu(project, runs, together, status):
     assert {call.split()[0] for call in calls if " train " in call} == {"0"}
 
 
-def test_headline_needs_a_gpu(project):
+@pytest.mark.parametrize("script", [("headline.sh",), ("short_runs.sh", "pilots")])
+def test_a_gpu_is_needed(project, script):
     (project / "bin/nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     (project / "bin/nvidia-smi").chmod(0o755)
-    ended, calls = run(project, "headline.sh")
+    ended, calls = run(project, *script)
     assert ended.returncode == 2
-    assert ended.stderr == "scripts/headline.sh: nvidia-smi finds no GPU; name those to use, such as GPUS=0,1\n"
+    assert ended.stderr == f"scripts/{script[0]}: nvidia-smi finds no GPU; name those to use, such as GPUS=0,1\n"
     assert not calls
 
 
-def test_ablate_runs_what_is_named_beside_its_control(project):
-    ended, calls = run(project, "ablate.sh", "one_cut", AT_ONCE="1")
+def test_short_runs_are_of_what_is_named_beside_its_control(project):
+    ended, calls = run(project, "short_runs.sh", "ablations", "one_cut", GPUS="3", RUNS="1")
     assert ended.returncode == 0, ended.stderr
     assert [value(call, "--output_dir") for call in calls if " train " in call] == [
         "out/ablations/control",
@@ -161,8 +162,8 @@ def test_ablate_runs_what_is_named_beside_its_control(project):
     assert (project / "results/ablations/training/control/eit_config.json").exists()
 
 
-def test_ablate_takes_the_control_that_a_line_names(project):
-    ended, calls = run(project, "ablate.sh", "one_cut", "steps_50", "two_cuts", AT_ONCE="1")
+def test_short_runs_take_the_control_that_a_line_names(project):
+    ended, calls = run(project, "short_runs.sh", "ablations", "one_cut", "steps_50", "two_cuts", GPUS="3", RUNS="1")
     assert ended.returncode == 0, ended.stderr
     trained = [value(call, "--output_dir").removeprefix("out/ablations/") for call in calls if " train " in call]
     assert trained == ["control", "one_cut", "control_steps_50", "steps_50", "two_cuts"]
@@ -173,25 +174,53 @@ def test_ablate_takes_the_control_that_a_line_names(project):
     ]
 
 
-def test_ablate_runs_every_line_with_its_options(project):
-    ended, calls = run(project, "ablate.sh")
+@pytest.mark.parametrize("kind", ["ablations", "pilots"])
+def test_short_runs_are_of_every_line_with_its_options(project, kind):
+    ended, calls = run(project, "short_runs.sh", kind, GPUS="3,4")
     assert ended.returncode == 0, ended.stderr
-    lines = [shlex.split(line) for line in (project / "configs/ablations.txt").read_text().splitlines()[1:]]
-    trained = {value(call, "--output_dir").removeprefix("out/ablations/"): call for call in calls if " train " in call}
+    lines = [shlex.split(line) for line in (project / f"configs/{kind}.txt").read_text().splitlines()[1:]]
+    trained = {value(call, "--output_dir").removeprefix(f"out/{kind}/"): call for call in calls if " train " in call}
     assert sorted(trained) == sorted(name for name, *_ in lines)
-    assert all(trained[name].endswith(" ".join([f"out/ablations/{name}", *options])) for name, _, *options in lines)
+    assert all(trained[name].endswith(" ".join([f"out/{kind}/{name}", *options])) for name, _, *options in lines)
     assert sum(" compare " in call for call in calls) == sum(control != "-" for _, control, *_ in lines)
 
 
-def test_ablate_compares_nothing_that_failed_this_time(project):
-    run(project, "ablate.sh", "one_cut")
-    ended, calls = run(project, "ablate.sh", "one_cut", FAIL="--out out/ablations/eval/one_cut")
+def test_short_runs_compare_nothing_that_failed_this_time(project):
+    run(project, "short_runs.sh", "ablations", "one_cut", GPUS="3")
+    ended, calls = run(project, "short_runs.sh", "ablations", "one_cut", GPUS="3", FAIL="--out out/ablations/eval/one_cut")
     assert ended.returncode != 0
-    assert "scripts/ablate.sh: one_cut failed: out/ablations/log/one_cut.log" in ended.stderr
+    assert "scripts/short_runs.sh: one_cut failed: out/ablations/log/one_cut.log" in ended.stderr
     assert not any(" compare " in call for call in calls)
 
 
-def test_ablate_refuses_an_unknown_name(project):
-    ended, calls = run(project, "ablate.sh", "no_such_line")
-    assert (ended.returncode, ended.stderr) == (2, "scripts/ablate.sh no_such_line: is not in configs/ablations.txt\n")
+def test_pilots_are_asked_other_rows_than_ablations(project):
+    """What chooses a recipe shares no row with what reports it."""
+    rows = {}
+    for kind in ("ablations", "pilots"):
+        ended, calls = run(project, "short_runs.sh", kind, "one_cut" if kind == "ablations" else "two", GPUS="3")
+        assert ended.returncode == 0, ended.stderr
+        evaluated = [call for call in calls if " eval " in call]
+        rows[kind] = {(value(call, "--data_dir"), value(call, "--seed")) for call in evaluated}
+        assert len(evaluated) == 3 * 2  # the base, a control and one beside it; text and needles
+    held, val = "out/held.jsonl", "out/val_text.jsonl"
+    assert rows == {"ablations": {(held, "0"), (None, "0")}, "pilots": {(val, "1000"), (None, "1000")}}
+
+
+def test_short_runs_share_the_gpus(project):
+    _, calls = run(project, "short_runs.sh", "pilots", GPUS="3,4", RUNS="2", TOGETHER="4")
+    assert {call.split()[0] for call in calls if " train " in call} == {"3", "4"}
+    assert sum("compare" in call for call in calls) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("ablations", "no_such_line"), "no_such_line: is not in configs/ablations.txt"),
+        (("ablation",), "'ablation': name what to run, ablations or pilots"),
+        ((), "'': name what to run, ablations or pilots"),
+    ],
+)
+def test_short_runs_refuse_what_they_do_not_know(project, arguments, line):
+    ended, calls = run(project, "short_runs.sh", *arguments, GPUS="3")
+    assert (ended.returncode, ended.stderr) == (2, f"scripts/short_runs.sh {line}\n")
     assert not calls

@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# Short runs of the recipe for smollm2-135m, each with what differs in a line of configs/KIND.txt: train, evaluate, compare.
+#
+#   scripts/short_runs.sh ablations|pilots [NAME ...]        # GPUS=0,1: on these; all that there are
+#                                                            # RUNS=4: at a time on each
+#
+# Ablations say what matters, on the rows that docs/results.md reports; pilots choose a recipe, on validation rows.
+# A line is a name, that of its control, which is trained with it, and options; without names all. The same rows are asked of
+# the base. The same command once more goes on with what is not done, and compares what is. Logs lie in out/KIND/log.
+# shellcheck disable=SC2329  # functions are for the shells that xargs starts
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=scripts/results_lib.sh
+source scripts/results_lib.sh
+kind=${1:-}
+case $kind in
+    ablations) steps=100 text=out/held.jsonl asked="--tasks niah_single_2 --num_samples 100 --seed 0" ;;
+    pilots) steps=250 text=out/val_text.jsonl asked="--tasks niah_single_2,niah_multikey_1 --num_samples 50 --seed 1000" ;;
+    *)
+        echo "scripts/short_runs.sh '$kind': name what to run, ablations or pilots" >&2
+        exit 2
+        ;;
+esac
+shift
+lines=configs/$kind.txt
+failed=0
+
+evaluate() { # NAME [option ...]
+    local name=$1
+    shift
+    local common=(--model smollm2-135m "$@" --context_length 1024 --presses "$presses" --ratios "$ratios" --dtype bfloat16
+        --memory_budget_gib 5 --view_tokens 0 --out "out/$kind/eval/$name")
+    # shellcheck disable=SC2086  # several options
+    sparsekv eval "${common[@]}" --benchmark perplexity --data_dir "$text" --num_samples 100 --seed "${asked##* }" &&
+        sparsekv eval "${common[@]}" --benchmark ruler-local --max_new_tokens 16 $asked
+}
+
+train() { # NAME [option ...]
+    local name=$1
+    shift
+    sparsekv train --config configs/smollm2_135m.yaml --data '{out/debian_text.jsonl: 0.5, recall: 0.5}' --eval_steps 0 --compile true \
+        --save_steps 50 --max_steps "$steps" --num_train_samples $((16 * steps)) --resume true --output_dir "out/$kind/$name" "$@"
+}
+
+one() { # NAME CONTROL [option ...]
+    local name=$1 log=out/$kind/log/$1.log
+    shift 2
+    rm -f "${log%.log}.done"
+    if [[ $name == base ]]; then
+        evaluate base
+    else
+        train "$name" "$@" && evaluate "$name" --adapter "out/$kind/$name/final"
+    fi > "$log" 2>&1 && touch "${log%.log}.done" && return
+    echo "scripts/short_runs.sh: $name failed: $log" >&2
+    return 1
+}
+
+chosen() { # [NAME ...]: their lines after those of their controls, each once; without names all
+    echo base -
+    awk -v names="$*" -v lines="$lines" '
+        function show(name) { if (name in line && !shown[name]++) print line[name] }
+        /^#/ { next }
+        { line[$1] = $0; control[$1] = $2 }
+        names == "" { print }
+        END {
+            number = split(names, name, " ")
+            for (i = 1; i <= number; i++) {
+                if (!(name[i] in line)) {
+                    print "scripts/short_runs.sh " name[i] ": is not in " lines > "/dev/stderr"
+                    exit 2
+                }
+                show(control[name[i]])
+                show(name[i])
+            }
+        }' "$lines"
+}
+
+list=$(chosen "$@")
+find_gpus
+mkdir -p "out/$kind/log"
+make_texts
+export -f train evaluate
+export kind steps text asked presses ratios
+each_on_a_gpu "${RUNS:-4}" <<< "$list" || failed=1
+done_with() { [[ -e out/$kind/log/$1.done ]]; }
+while read -r name control _; do
+    if [[ $control == - ]] || ! { done_with base && done_with "$control" && done_with "$name"; }; then
+        continue
+    fi
+    sparsekv compare "out/$kind/eval/"{base,"$control","$name"} --output "results/$kind/$name"
+    keep_record "out/$kind/$name" "results/$kind/$name/training/$name"
+    keep_record "out/$kind/$control" "results/$kind/training/$control"
+done <<< "$list"
+exit "$failed"
