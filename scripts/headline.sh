@@ -23,10 +23,12 @@ one() { # RUN
 train() { # RUN
     local run=$1
     [[ $run == base ]] && return
-    [[ -e out/$run/final/adapter_model.safetensors ]] ||
-        sparsekv train --config configs/smollm2_135m.yaml --eval_steps 0 --compile true --resume true --seed "${run#*-}" \
-            --control "$([[ $run == control-* ]] && echo true || echo false)" --output_dir "out/$run" || return
-    [[ $run != trained-0 || -e out/shipped ]] || python scripts/ship_adapter.py "out/$run/final" out/shipped
+    sparsekv train --config configs/smollm2_135m.yaml --eval_steps 0 --compile true --resume true --seed "${run#*-}" \
+        --control "$([[ $run == control-* ]] && echo true || echo false)" --output_dir "out/$run" || return
+    if [[ $run == trained-0 ]] && ! cmp -s {"out/$run/final",out/shipped}/eit_config.json; then
+        rm -rf out/shipped
+        python scripts/ship_adapter.py "out/$run/final" out/shipped
+    fi
 }
 
 evaluations() { # RUN: what `sparsekv eval` is asked, a line for each process

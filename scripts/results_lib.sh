@@ -3,9 +3,10 @@
 presses=snapkv,streaming_llm,critical_snapkv,kvzip,knorm,keydiff,expected_attention,random,anchor
 ratios=0.3,0.5,0.7
 
-# GPUS, where it is not set: all that there are.
+# GPUS, where it is not set: those that CUDA_VISIBLE_DEVICES leaves, or all that there are.
 find_gpus() {
-    [[ -n ${GPUS:-} ]] && return
+    GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES:-}}
+    [[ -n $GPUS ]] && return
     GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste -sd,) && return
     echo "scripts/${0##*/}: nvidia-smi finds no GPU; name those to use, such as GPUS=0,1" >&2
     exit 2
@@ -31,8 +32,12 @@ each_on_a_gpu() { # RUNS
 make_texts() {
     [[ -e out/debian_text.jsonl && -e out/debian_held_out.jsonl ]] ||
         python scripts/debian_text.py --output out/debian_text.jsonl --held_out out/debian_held_out.jsonl
-    awk 'NR % 4 == 1' out/debian_held_out.jsonl > out/val_text.jsonl
-    awk 'NR % 4 != 1' out/debian_held_out.jsonl > out/held.jsonl
+    part '==' out/val_text.jsonl
+    part '!=' out/held.jsonl
+}
+
+part() { # COMPARISON FILE: appears whole, as another script may read it
+    [[ -e $2 ]] || { awk "NR % 4 $1 1" out/debian_held_out.jsonl > "$2.$$" && mv "$2.$$" "$2"; }
 }
 
 keep_record() { # RUN FOLDER: what is kept of a training

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sparsekv.demo_model import DEMO_MODEL
 from sparsekv.errors import UserError, require
 from sparsekv.files import new_folder, write_json, write_text
 from sparsekv.training.record import RUN_CONFIG
@@ -20,9 +21,8 @@ WEIGHTS, SETTINGS, CARD = "adapter_model.safetensors", "adapter_config.json", "R
 LIMITS = """
 ## Limits
 
-[docs/results.md](../../docs/results.md) has it, in its mean with other trainings, beside its control, and what failed:
-among other things, presses that go by position gain nothing on needles, and with the full cache it is a little worse
-than its control.
+[docs/results.md](../../docs/results.md) has it, in its mean with other trainings and beside their controls: what it
+gains, what it costs, and what failed.
 
 ## Licence
 
@@ -36,16 +36,21 @@ def main(final: Path, shipped: Path) -> None:
     require(not missing, f"{final}: is no folder of a trained adapter (it lacks {', '.join(missing)})")
     try:
         weights = {name: weight.bfloat16() for name, weight in load_file(final / WEIGHTS).items()}
-        settings = json.loads((final / SETTINGS).read_text("utf-8"))
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{final}: {WEIGHTS} or {SETTINGS} is corrupt ({error})") from error
+        settings, record = (json.loads((final / name).read_text("utf-8")) for name in (SETTINGS, RUN_CONFIG))
+        model = record["config"]["model"]
+    except (SafetensorError, ValueError, LookupError) as error:
+        raise UserError(f"{final}: {WEIGHTS}, {SETTINGS} or {RUN_CONFIG} is corrupt ({error!r})") from error
+    tokenizer = (
+        [] if model == DEMO_MODEL else [*final.glob("*token*"), *final.glob("chat_template*")]
+    )  # the card's code
     base = settings.get("base_model_name_or_path")
     if base and Path(base).exists():  # on this machine, and on no other
         settings["base_model_name_or_path"] = None
     with new_folder(shipped, "folder") as folder:
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         write_json(folder / SETTINGS, settings)
-        shutil.copyfile(final / RUN_CONFIG, folder / RUN_CONFIG)
+        for file in (final / RUN_CONFIG, *tokenizer):
+            shutil.copyfile(file, folder / file.name)
         write_text(folder / CARD, (final / CARD).read_text("utf-8") + LIMITS)
 
 

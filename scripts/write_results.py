@@ -18,6 +18,8 @@ from sparsekv.evaluation.comparison.goals import goals, read_compare
 from sparsekv.evaluation.comparison.levels import ALL_TASKS
 from sparsekv.evaluation.comparison.results import CELL, NO_PRESS
 from sparsekv.files import fill_block
+from sparsekv.training.model_card import describe_data
+from sparsekv.training.record import rows_of_a_step
 
 VERDICTS = {None: "not measured", True: "met", False: "**missed**"}
 SEEDS = "{0}-0,{0}-1,{0}-2"
@@ -214,16 +216,17 @@ def training(folder: Path, results: Path) -> list[str]:
         raise UserError(
             f"{folder}: eit_config.json and metrics.jsonl of a training are wanted here ({error})"
         ) from error
-    mixed = data if isinstance(data, str) else ", ".join(f"{name} {share:g}" for name, share in data.items())
-    size = f"{steps} × {config['batch_size'] * config['grad_accum']} × {config['max_seq_len']}"
-    options = ", ".join(f"{name} {config[name]:g}" for name in OPTIONS if name in config)
+    size = f"{steps} × {rows_of_a_step(record, 1)} × {config['max_seq_len']}"
+    has_none = {"lambda_selection"} if config["control"] else set()
+    options = ", ".join(f"{name} {config[name]:g}" for name in OPTIONS if name in config.keys() - has_none)
     perplexities = []
     for name in ("eval_full_ppl", "eval_evicted_ppl"):
         values = [step[name] for step in metrics if name in step]
         perplexities.append(f"{values[0]:.2f} → {values[-1]:.2f}" if values else tables.NONE)
     name = "/".join([*folder.parent.parent.relative_to(results).parts, folder.name])
     what = "control" if config["control"] else "trained"
-    return [name, what, str(config["seed"]), mixed, size, options, *perplexities, record["commit"] or "unknown"]
+    about = [name, what, str(config["seed"]), describe_data(data), size, options]
+    return [*about, *perplexities, record["commit"] or "unknown"]
 
 
 def ablations_block(runs: Mapping[str, pd.DataFrame]) -> str:
@@ -303,6 +306,8 @@ def means(table: pd.DataFrame, control: pd.DataFrame | None) -> list[str]:
 
 if __name__ == "__main__":
     try:
-        main(Path("results"), Path("docs/results.md"), Path("README.md"))
+        root = Path(__file__).parents[1]
+        main(root / "results", root / "docs/results.md", root / "README.md")
     except UserError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -140,7 +140,8 @@ def attach_lora(
     unknown = [t for t in target_modules if not any(f".{name}".endswith(f".{t}") for name in linear)]
     if unknown or not target_modules:
         exist = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
-        raise UserError(f"--lora_targets {' '.join(unknown)}: no such layer in this model; it has {exist}")
+        given, wrong = (" ".join(unknown), "no such layer in this model") if unknown else ("[]", "name a layer")
+        raise UserError(f"--lora_targets {given}: {wrong}; it has {exist}")
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=r,

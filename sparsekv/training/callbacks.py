@@ -88,9 +88,10 @@ class StopCallback(TrainerCallback):
         self._signal.watch()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # A signal reaches processes at different steps, or only one of them: they stop together.
-        signals = reduce(torch.tensor(float(self.asked), device=args.device), reduction="sum")
-        self.stopped = bool(signals > 0) and state.global_step < state.max_steps
+        asked = self.asked
+        if args.world_size > 1:  # a signal reaches them at different steps, or only one of them: they stop together
+            asked = bool(reduce(torch.tensor(float(asked), device=args.device), reduction="sum") > 0)
+        self.stopped = asked and state.global_step < state.max_steps
         if self.stopped:
             control.should_save = control.should_training_stop = True
 

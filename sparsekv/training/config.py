@@ -68,7 +68,7 @@ class EITConfig:
     kl_direction
         forward: KL(teacher‖student). reverse: KL(student‖teacher). js: Jensen–Shannon.
     anchors
-        Tokens that are always kept.
+        Tokens that are kept whatever their score, by the rules that know them.
     seed
         Of the data order, the draws of cuts, rules and ratios, and the adapter's initialisation.
     """

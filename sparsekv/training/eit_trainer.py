@@ -93,7 +93,7 @@ class EITTrainer(Trainer):
         self.sampler = config.make_sampler()
         self._staging: str | None = None
         self._logged_step = 0
-        self.meter = Meter(self.base, trains_all=not hasattr(model, "disable_adapter"))
+        self.meter = Meter(self.base, not hasattr(model, "disable_adapter"), config.needs_teacher)
 
     # ---- one step ----
 
@@ -263,11 +263,12 @@ class EITTrainer(Trainer):
             ratios["current"] = self.schedule.keep_ratio
         was_training = self.base.training
         self.base.eval()
-        loader = list(self.get_eval_dataloader(eval_dataset))
+        loader = self.get_eval_dataloader(eval_dataset)
+        batches, rows = list(loader), len(loader.dataset)  # type: ignore[arg-type]  # it has a length
         metrics = {}
         with self.meter.paused():
             for name, ratio in ratios.items():
-                metrics[f"{metric_key_prefix}_{name}_ppl"] = math.exp(min(self._mean_nll(loader, ratio), 700))
+                metrics[f"{metric_key_prefix}_{name}_ppl"] = math.exp(min(self._mean_nll(batches, rows, ratio), 700))
         self.base.train(was_training)
         if self.config.scheduler_mode == "adaptive":
             if self.schedule.needs_reference:
@@ -277,17 +278,20 @@ class EITTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _mean_nll(self, batches: list[dict[str, Tensor]], keep_ratio: float | None) -> float:
-        """Nats a token of the suffix after one cut in the middle of the range, over all processes."""
+    def _mean_nll(self, batches: list[dict[str, Tensor]], rows: int, keep_ratio: float | None) -> float:
+        """Nats a token of the suffix after one cut in the middle of the range, over the rows of all processes."""
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         processes, process = self.accelerator.num_processes, self.accelerator.process_index
         for number, batch in enumerate(batches):
             inputs = self._prepare_inputs(batch)
             length = inputs["input_ids"].shape[1]
             cut = round(length * (self.config.min_cut + self.config.max_cut) / 2)
-            plan = self._eval_plan(number * processes + process, cut, keep_ratio)
+            row = number * processes + process
+            plan = self._eval_plan(row, cut, keep_ratio)
             first_query = cut if self.config.geometry == "two_region" else 0
             labels, _, _ = loss_tokens(inputs["input_ids"], inputs.get("attention_mask"), first_query)
+            if row >= rows:  # accelerate gives every process as many: one that was read before
+                labels = torch.full_like(labels, IGNORE_INDEX)
             with KVDropoutContext(self.base, plan, self.selector):
                 nll = run_with_loss(self.model_wrapped, self.base, inputs, _cross_entropy(labels))
             total[0] += nll.to(total.device)

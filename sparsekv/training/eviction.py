@@ -159,11 +159,10 @@ class ForwardEviction:
             rows = rows + losses.unflatten(0, (len(found), -1)).sum(0).to(rows.device)
         return rows / max(len(layers) * len(self.plan.cuts), 1)
 
-    def mask(self, module: nn.Module, key: Tensor, value: Tensor) -> Tensor:
-        """Bool[B, G, L, L]: the layer's allowed pairs, by the dense reference."""
-        keeps = self.decide(module, key, value)
+    def mask(self, keeps: list[Tensor], length: int) -> Tensor:
+        """Bool[B, G, L, L]: the allowed pairs under what `decide` has kept, by the dense reference."""
         if self.plan.geometry == "two_region":
-            return two_region_mask(keeps, self.plan.cuts, key.shape[2])
+            return two_region_mask(keeps, self.plan.cuts, length)
         if self.plan.geometry == "streaming":
             config = self.selector.config
             return streaming_mask(keeps[0], config.recent_size if config.use_recent else 1)
@@ -186,7 +185,7 @@ class ForwardEviction:
         if self.plan.geometry == "two_region" and attention_mask is None and len(counts) == len(keeps):
             even = self.even[layer]
             return two_region_attention(query, key, value, keeps, self.plan.cuts, counts, scaling, dropout, even)
-        mask = combine_masks(self.mask(module, key, value), attention_mask)
+        mask = combine_masks(self.mask(keeps, key.shape[2]), attention_mask)
         return dense_attention(query, key, value, mask, scaling, dropout)
 
     def keep_ratio(self) -> float:
@@ -245,7 +244,10 @@ def begin_forward(
 
 
 def slides(module: nn.Module, length: int) -> bool:
-    """Whether the layer sees only a sliding window of `length` tokens: such a layer holds no long cache to evict."""
+    """Whether the layer sees only a sliding window of `length` tokens: such a layer holds no long cache to evict.
+
+    Where the model names the types of its layers, their windows count as shorter than any row.
+    """
     config: Any = module.config
     layer_types = getattr(config, "layer_types", None)
     if layer_types:

@@ -175,7 +175,8 @@ class SDPAKVDropout(KVDropoutContext):
         self._layer = None  # a press may call attention itself while scoring
         config: Any = layer.config
         copies = key.shape[1] // config.num_key_value_heads  # 1 unless the model has repeated its heads itself
-        mask = eviction.mask(layer, key[:, ::copies], value[:, ::copies])
+        keeps = eviction.decide(layer, key[:, ::copies], value[:, ::copies])
+        mask = eviction.mask(keeps, key.shape[2])
         mask = repeat_heads(combine_masks(mask, attn_mask), query.shape[1])
         key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
         return unpatched_sdpa(query, key, value, mask, dropout_p, scale=scale)

@@ -37,15 +37,17 @@ class Meter:
         The base model, to count floating-point operations.
     trains_all : bool
         Whether every parameter is trained, and not only an adapter.
+    has_teacher : bool
+        Whether a teacher reads every row, too.
     """
 
-    def __init__(self, model: PreTrainedModel, trains_all: bool) -> None:
+    def __init__(self, model: PreTrainedModel, trains_all: bool, has_teacher: bool) -> None:
         embedding: Any = model.get_input_embeddings()
         tied = model.config.get_text_config().tie_word_embeddings  # then the same weights are the head's
         parameters = sum(p.numel() for p in model.parameters()) - (0 if tied else embedding.weight.numel())
-        # 2 FLOPs a parameter and token each for teacher, student and the gradient of activations; one more for the
-        # gradient of weights when they are trained. Attention's own work is left out.
-        self.flops_per_token = 2 * parameters * (4 if trains_all else 3)
+        # 2 FLOPs a parameter and token each for student, the gradient of activations, that of weights where all are
+        # trained, and the teacher. Attention's own work is left out.
+        self.flops_per_token = 2 * parameters * (2 + trains_all + has_teacher)
         self._reset()
 
     def _reset(self) -> None:

@@ -27,7 +27,7 @@ fingerprint are in `eit_config.json`.
 
 ## Figures of this run
 
-Perplexity of validation rows from documents that were not trained on: the tokens after one cut, with the full cache
+Perplexity of validation rows from documents that were not trained on: {scored}, with the full cache
 and evicted to a keep ratio of {min_keep_ratio} by the training rules in turn ({rules}).
 
 | | full cache | evicted |
@@ -89,6 +89,7 @@ def model_card(record: dict[str, Any], log_history: list[dict[str, float]]) -> s
         version=record["versions"]["sparsekv"],
         commit=record["commit"] or "unknown",
         usage=usage.format(base=config["model"]),
+        scored="the tokens after one cut" if config["geometry"] == "two_region" else "all tokens",
         min_keep_ratio=config["min_keep_ratio"],
         rules=", ".join(sorted(config["rules"])[: record["validation_rows"]]),
         full_before=f"{before['eval_full_ppl']:.3f}",

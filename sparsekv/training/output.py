@@ -32,7 +32,7 @@ def usable_checkpoint(out: Path, config: TrainConfig, processes: int = 1) -> Pat
 
 def _find_checkpoint(out: Path, config: TrainConfig, processes: int) -> Path | None:
     if not (out / RUN_CONFIG).is_file():
-        raise UserError(f"--resume: {out} holds no run (no {RUN_CONFIG})")
+        raise UserError(f"--resume: {out} holds no run (no {RUN_CONFIG}); give the folder of one, or a new folder")
     record = json.loads((out / RUN_CONFIG).read_text(encoding="utf-8"))
     changed = changed_steps(record, config, processes)
     before, now = rows_of_a_step(record, processes), config.batch_size * config.grad_accum * processes

@@ -73,11 +73,14 @@ class PlanSampler:
             return
         if not 0 < self.min_cut <= self.max_cut < 1:
             raise UserError(f"--min_cut {self.min_cut} and --max_cut {self.max_cut} must satisfy 0 < min <= max < 1")
+        if self.num_cuts < 1:
+            raise UserError(f"--num_cuts {self.num_cuts}: must be at least 1")
         first, last = math.floor(self.min_cut * length), math.floor(self.max_cut * length)
-        if self.num_cuts < 1 or first < 1 or last - first + 1 < self.num_cuts or last > length - 2:
+        if first < 1 or last - first + 1 < self.num_cuts or last > length - 2:
             raise UserError(
                 f"--num_cuts {self.num_cuts} between --min_cut {self.min_cut} and --max_cut {self.max_cut} of rows of "
-                f"{length} tokens leaves no room for a context, {self.num_cuts} distinct cuts and a suffix of 2 tokens"
+                f"{length} tokens leaves no room for a context, {self.num_cuts} distinct cuts and a suffix of 2 "
+                "tokens; give fewer cuts or longer rows"
             )
 
     def draw(self, step: int, length: int, keep_ratio: float) -> EvictionPlan:

@@ -232,8 +232,9 @@ def make_rule(name: str, keep_ratio: float, selector: AnchorSelector, geometry: 
     Raises
     ------
     UserError
-        If the name is unknown.
+        If the name is unknown, or no rule of this geometry.
     """
+    check_rules([name], geometry)
     ratio = 1 - keep_ratio
     if geometry == "streaming":
         selector = selector.without_recent()
@@ -244,7 +245,6 @@ def make_rule(name: str, keep_ratio: float, selector: AnchorSelector, geometry: 
         return PressRule(SeededRandomPress(ratio))
     if name == "anchor_random":
         return AnchorRandomRule(selector, keep_ratio)
-    check_rules([name], geometry)
     press = make_press(name, ratio)
     if isinstance(press, AdaKVPress):
         return SharedBudgetRule(without_waiting(press.press), press.alpha_safeguard)

@@ -23,9 +23,10 @@ from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, Stop
 from sparsekv.training.compiled import compile_layers, compile_logit_sums
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import EITTrainer
+from sparsekv.training.eviction import slides
 from sparsekv.training.flash_kernels import active, use_newest_for
 from sparsekv.training.float8 import use_float8
-from sparsekv.training.kv_dropout import KVDropoutContext
+from sparsekv.training.kv_dropout import KVDropoutContext, attention_modules
 from sparsekv.training.output import (
     check_same_data,
     check_same_division,
@@ -76,7 +77,7 @@ def train(config: TrainConfig) -> Path | None:
         config.data_subset,
     )
     set_seed(config.seed)  # the adapter's initialisation does not depend on how the data was read
-    model, teacher = _student_and_teacher(base, config)
+    model, teacher = _student_and_teacher(base, config, args)
     record = run_record(config, fingerprint, args.world_size) | {"validation_rows": len(rows[1])}
     check_same_data(out, fingerprint)
     with removed_if_unused(out):
@@ -158,6 +159,11 @@ def _check_length(base: PreTrainedModel, config: TrainConfig) -> None:
 
 def _check_architecture(trainer: EITTrainer, config: TrainConfig, rows: Dataset) -> None:
     """Run a short row under every rule: one that the model does not work with is known before anything is written."""
+    require(
+        not all(slides(layer, config.max_seq_len) for layer in attention_modules(trainer.base.get_decoder())),
+        f"--max_seq_len {config.max_seq_len}: every layer of {config.model} has a sliding window, and evicts nothing "
+        "of rows longer than that; give shorter rows, or another model",
+    )
     ids = torch.tensor([rows[0]["input_ids"][:96]], device=trainer.base.device)  # presses score 65 tokens and more
     evicting: set[int] = set()
     for rule in config.rules:
@@ -194,18 +200,21 @@ def _say_what_stays(base: PreTrainedModel, name: str, evicting: Set[int]) -> Non
 
 
 def _student_and_teacher(
-    base: PreTrainedModel, config: TrainConfig
+    base: PreTrainedModel, config: TrainConfig, args: TrainingArguments
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedModel | None]:
     """An adapter on the base, which is then its own teacher; or the whole model and a frozen copy of it."""
+    say = print if args.should_log else lambda _: None
     if config.lora_r:
         model = attach_lora(base, config.lora_r, config.lora_alpha, config.lora_targets, config.lora_dropout)
         trainable, total = model.get_nb_trainable_parameters()
-        print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+        say(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
         return model, None
-    print("trainable parameters: all")
+    say("trainable parameters: all")
     if not config.needs_teacher:
         return base, None
-    teacher = load_model(config.model, config.dtype, config.device_map, config.trust_remote_code)
+    # Under autocast a teacher of half the size computes the same; without it, only one of the student's dtype does.
+    dtype = config.dtype if args.bf16 else str(base.dtype).removeprefix("torch.")
+    teacher = load_model(config.model, dtype, config.device_map, config.trust_remote_code)
     return base, teacher.eval().requires_grad_(False)
 
 

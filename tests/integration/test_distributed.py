@@ -129,6 +129,7 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     options = {**run_options(folder), "grad_accum": 2, "num_cuts": 2, "lr": 1e-3}
     options |= {"lambda_context": 0.5, "lambda_selection": 0.3}
+    options |= {"num_validation_samples": 3}  # of two processes one reads a row again
     one, two, every = {**options, "batch_size": 2}, {**options, "batch_size": 1}, {"lora_r": 0, "lr": 1e-4}
     train(train_config(one, folder / "one"))
     train(train_config({**one, **every}, folder / "one_every"))

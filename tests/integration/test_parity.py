@@ -173,9 +173,9 @@ def test_parity_holds_with_an_adapter(selector, ids, name):
 
 
 def test_hiding_dropped_keys_from_every_query_is_not_what_inference_does(model, selector, ids, monkeypatch):
-    def hidden_from_all(eviction, module, key, value):
-        (keep,) = eviction.decide(module, key, value)
-        suffix = torch.ones(*keep.shape[:2], key.shape[2] - keep.shape[2], dtype=torch.bool)
+    def hidden_from_all(eviction, keeps, length):
+        (keep,) = keeps
+        suffix = torch.ones(*keep.shape[:2], length - keep.shape[2], dtype=torch.bool)
         return global_mask(torch.cat((keep, suffix), dim=-1))
 
     plan = EvictionPlan("two_region", (CUT,), ("snapkv",), (0.3,), SEED)

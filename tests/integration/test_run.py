@@ -196,6 +196,15 @@ def test_full_fine_tuning(options, tmp_path, monkeypatch):
     assert all(line["kl"] >= 0 for line in lines(tmp_path / "out") if "loss" in line)
 
 
+def test_full_fine_tuning_of_half_precision_weights_starts_at_its_teacher(options, tmp_path):
+    """Without autocast a teacher in bfloat16 would differ from a student in float32 by rounding alone."""
+    AutoModelForCausalLM.from_pretrained(options["model"]).bfloat16().save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(options["model"]).save_pretrained(tmp_path / "half")
+    changes = {"model": str(tmp_path / "half"), "lora_r": 0, "control": True, "max_steps": 1}
+    train(train_config(options, tmp_path / "out", **changes))
+    assert next(line["kl"] for line in lines(tmp_path / "out") if "loss" in line) == pytest.approx(0, abs=1e-9)
+
+
 def test_full_fine_tuning_on_the_selection_loss_alone(options, tmp_path):
     changes = {"lora_r": 0, "lambda_kl": 0.0, "lambda_selection": 0.5, "max_steps": 1, "rules": {"knorm": 1.0}}
     assert train(train_config(options, tmp_path / "out", **changes)).is_dir()
@@ -208,6 +217,21 @@ def test_other_geometries(options, tmp_path, geometry):
     final = train(train_config(options, tmp_path / "out", **changes))
     assert (final / "adapter_model.safetensors").exists()
     assert all(line["actual_keep_ratio"] < 1 for line in lines(tmp_path / "out") if "loss" in line)
+
+
+@pytest.mark.parametrize(("changes", "passes"), [({}, 3), ({"lm": True}, 2), ({"lora_r": 0}, 4)])
+def test_flops_are_of_the_passes_that_run(options, tmp_path, monkeypatch, changes, passes):
+    """Student, activations' gradient, weights' gradient where all are trained, and a teacher where one is asked."""
+    trainers, plain = [], run._make_trainer
+    monkeypatch.setattr(run, "_make_trainer", lambda *args: trainers.append(plain(*args)) or trainers[0])
+    if changes.pop("lm", False):
+        changes = {"lambda_kl": 0.0, "lambda_context": 0.0, "lambda_selection": 0.0}
+    train(train_config(options, tmp_path / "out", max_steps=1, **changes))
+    (trainer,) = trainers
+    embedding = trainer.base.get_input_embeddings().weight.numel()
+    tied = trainer.base.config.tie_word_embeddings
+    parameters = sum(p.numel() for p in trainer.base.parameters()) - (0 if tied else embedding)
+    assert trainer.meter.flops_per_token == 2 * parameters * passes
 
 
 def test_the_adaptive_schedule(options, tmp_path):
@@ -334,6 +358,14 @@ def test_layers_that_evict_nothing_are_named(options, tmp_path, monkeypatch, cap
         caplog.clear()
         train(train_config(options, tmp_path / f"out-{control}", control=control, max_steps=1))
         assert (line in caplog.text) == warned
+
+
+def test_rows_longer_than_every_window_are_refused_before_anything_is_written(options, tmp_path):
+    """96 tokens, with which the rules are tried, are within the window."""
+    model = save_tiny(tmp_path / "model", "mistral", sliding_window=100)
+    with pytest.raises(UserError, match=r"--max_seq_len 120: every layer of .* has a sliding window.*; give shorter"):
+        train(train_config(options, tmp_path / "out", model=model, max_seq_len=120))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_architecture_that_cannot_evict_is_refused_before_anything_is_written(options, tmp_path):

@@ -242,6 +242,17 @@ def test_padded_rows_have_no_selection_loss(tmp_path, tiny_tokenizer):
         trainer.train()
 
 
+def test_selection_loss_beside_a_rule_that_keeps_unlike_numbers(tmp_path, tiny_tokenizer):
+    """More anchors than fit, in rows that have unlike many: the layer's attention is by the dense mask."""
+    rules = {"anchor_random": 1.0, "knorm": 1.0}
+    config = mixture(
+        lambda_selection=0.3, rules=rules, scheduler_mode="fixed", ratio_draw="ceiling", min_keep_ratio=0.05
+    )
+    trainer = make_trainer(tmp_path, tiny_tokenizer, config, per_device_train_batch_size=4, max_steps=8)
+    trainer.train()
+    assert any(line["selection"] > 0 for line in trainer.state.log_history if "loss" in line)
+
+
 def test_logged_parts_add_up(tmp_path, tiny_tokenizer):
     """The figures are of the whole step and not of its last micro-batch."""
     config = mixture(lambda_kl=0.7, lambda_ce_context=0.2, lambda_selection=0.3, rules={"knorm": 1.0, "tova": 1.0})

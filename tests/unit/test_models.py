@@ -205,7 +205,7 @@ def test_lora_sits_on_the_targets_and_changes_nothing_yet(tiny_qwen3):
         (0, ATTENTION, "--lora_r 0: must be at least 1"),
         (4, ["q_proj", "query"], "--lora_targets query: no such layer in this model; it has down_proj, gate_proj"),
         (4, ["proj"], "--lora_targets proj: no such layer"),
-        (4, [], "no such layer"),
+        (4, [], r"--lora_targets \[\]: name a layer; it has down_proj"),
     ],
 )
 def test_bad_lora(tiny_llama, r, targets, message):

@@ -1,4 +1,4 @@
-"""scripts/headline.sh and scripts/short_runs.sh, which make what results/ keeps; `sparsekv` and `python` are stand-ins."""
+"""The scripts that make what results/ keeps: headline.sh, short_runs.sh. `sparsekv` and `python` are stand-ins."""
 
 import shlex
 import shutil
@@ -22,7 +22,7 @@ fi
 while (($#)); do
     if [[ $1 == --output_dir ]]; then
         mkdir -p "$2/final"
-        touch "$2"/{final/adapter_model.safetensors,eit_config.json,metrics.jsonl}
+        touch "$2"/{final/{adapter_model.safetensors,eit_config.json},eit_config.json,metrics.jsonl}
     fi
     shift
 done
@@ -33,7 +33,7 @@ echo "python $*" >> calls
 case $1 in
     scripts/debian_text.py) printf '1\\n2\\n3\\n4\\n5\\n' | tee "$3" > "$5" ;;
     scripts/self_chat.py) touch "$3" ;;
-    scripts/ship_adapter.py) mkdir "$3" ;;
+    scripts/ship_adapter.py) mkdir "$3" && cp "$2/eit_config.json" "$3" ;;
 esac
 """
 
@@ -102,7 +102,11 @@ def test_headline_trains_on_every_gpu_and_evaluates_and_compares_all(project):
     again, calls = run(project, "headline.sh", GPUS="5", PROCESSES="3")
     assert again.returncode == 0
     assert len([call for call in calls if " eval " in call]) == len(evaluated)  # they find what is done
-    assert not [call for call in calls if " train " in call or "python" in call]
+    assert len([call for call in calls if " train " in call]) == len(trained)
+    assert not [call for call in calls if "python" in call]  # neither text nor adapter is made again
+    (project / "out/trained-0/final/eit_config.json").write_text("another run")
+    _, calls = run(project, "headline.sh", GPUS="5")
+    assert [call for call in calls if "ship_adapter" in call], "what is evaluated is what was trained"
 
 
 def test_headline_compares_nothing_when_a_run_fails_and_goes_on_later(project):
@@ -115,7 +119,7 @@ def test_headline_compares_nothing_when_a_run_fails_and_goes_on_later(project):
     assert not any("compare" in call for call in calls)
     ended, calls = run(project, "headline.sh", GPUS="0")
     assert ended.returncode == 0
-    assert [value(call, "--output_dir") for call in calls if " train " in call] == ["out/trained-1"]
+    assert calls[-1].split()[0] == "compare"
 
 
 def test_headline_compares_nothing_when_an_evaluation_fails(project):
@@ -187,7 +191,9 @@ def test_short_runs_are_of_every_line_with_its_options(project, kind):
 
 def test_short_runs_compare_nothing_that_failed_this_time(project):
     run(project, "short_runs.sh", "ablations", "one_cut", GPUS="3")
-    ended, calls = run(project, "short_runs.sh", "ablations", "one_cut", GPUS="3", FAIL="--out out/ablations/eval/one_cut")
+    ended, calls = run(
+        project, "short_runs.sh", "ablations", "one_cut", GPUS="3", FAIL="--out out/ablations/eval/one_cut"
+    )
     assert ended.returncode != 0
     assert "scripts/short_runs.sh: one_cut failed: out/ablations/log/one_cut.log" in ended.stderr
     assert not any(" compare " in call for call in calls)

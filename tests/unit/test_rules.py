@@ -205,6 +205,12 @@ def test_row_seeds_depend_on_tokens_order_and_seed_but_not_on_padding():
         assert row_seeds(padded, real, 0).tolist() == seeds
 
 
+@pytest.mark.parametrize(("name", "geometry"), [("snapkvv", "two_region"), ("snapkv", "streaming"), ("", "streaming")])
+def test_a_rule_that_is_none_is_refused(selector_with, name, geometry):
+    with pytest.raises(UserError, match=f"--rules names {name!r}"):
+        make_rule(name, 0.5, selector_with(), geometry)
+
+
 def test_streaming_rules_have_no_recent_anchors_of_the_row(selector_with, contexts):
     selector = selector_with(sink_size=3, recent_size=8)
     context = contexts(0, torch.ones(2, 40, dtype=torch.bool))

@@ -34,6 +34,8 @@ def test_the_same_weights_in_half_the_bytes(final, tmp_path):
     assert settings["base_model_name_or_path"] is None, "a path of this machine"
     record = (tmp_path / "shipped/eit_config.json").read_bytes()
     assert record == (final / "eit_config.json").read_bytes()
+    assert (tmp_path / "shipped/tokenizer.json").is_file(), "its card loads it"
+    assert not (SHIPPED / "tokenizer.json").exists(), "the demo model has its own"
     assert "Licence" in (tmp_path / "shipped/README.md").read_text("utf-8")
 
 
