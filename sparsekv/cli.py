@@ -23,10 +23,10 @@ from sparsekv.errors import LostProcessError, UserError
 def make_parser(commands: Iterable[str] = COMMANDS) -> ArgumentParser:
     """`sparsekv train | eval | … | demo`; only the commands named know their options."""
     about = "Train language models so that evicting their KV cache costs little."
-    parser = ArgumentParser(prog="sparsekv", description=about, exit_on_error=False)
+    parser = ArgumentParser(prog="sparsekv", description=about, exit_on_error=False, allow_abbrev=False)
     subcommands = parser.add_subcommands(metavar="command", dest="command")
     for name, known in COMMANDS.items():
-        command = ArgumentParser(description=known.summary, exit_on_error=False)
+        command = ArgumentParser(description=known.summary, exit_on_error=False, allow_abbrev=False)
         if name == "compare":
             command.add_argument(
                 "folders",
@@ -141,10 +141,12 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     return options.command, values
 
 
+POSITIONALS = ("folders", "results", "target")
 # What jsonargparse says of a value of another kind, and of each kind that would be right.
 MISTYPED = re.compile(r"(--[\w.]+): (?:Expected a|Does not validate) .*(?:Got|Given) value: (.*)")
 KIND = re.compile(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^]]+)\])")
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+KINDS |= {"list": "a list such as [a, b]", "dict": "a mapping such as {a: 1, b: 2}"}
 
 
 def _mistyped(said: re.Match[str]) -> str:
@@ -165,8 +167,9 @@ def one_line(error: Exception) -> str:
         ("Unexpected config", "--config: the file holds no options"),
     ):
         message = message.replace(theirs, ours)
+    message = re.sub(r"Subcommand '(\w+)' does not accept option ('[^']+')", r"--config: \1 has no option \2", message)
     if message.startswith("the following arguments are required"):
-        message = re.sub(r"\w+\.(\w+)", r"--\1", message)
+        message = re.sub(r"\w+\.(\w+)", lambda name: name[1] if name[1] in POSITIONALS else f"--{name[1]}", message)
     return MISTYPED.sub(_mistyped, message)
 
 

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentError
+
 from sparsekv.analysis.config import AnalysisConfig
 from sparsekv.cluster.pipeline import Model, Pipeline, Resources
 from sparsekv.cluster.schema import from_options
@@ -121,8 +123,8 @@ def _as_text(value: Any) -> str:
 def _options(schema: type, arguments: list[str], where: str) -> Any:
     try:
         return from_options(schema, arguments)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+    except (UserError, ArgumentError) as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
 
 
 def _check_runs(key: str, model: Model, matrix: EvalConfig) -> None:

@@ -84,7 +84,7 @@ def _named(kind: Any) -> str:
 
 def from_options(schema: type[T], options: Sequence[str]) -> T:
     """What the command whose options `schema` describes would run with; raises as the command line does."""
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_class_arguments(schema, as_group=False)
     values = parser.instantiate(parser.parse_args(list(options))).as_dict()

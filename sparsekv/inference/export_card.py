@@ -31,7 +31,7 @@ Options beside those of `model.generate`: `mode`; `budget`; in mode prefill `con
 with full attention and then evicted (without it, the whole prompt). `past_key_values`: the cache of an earlier call,
 for a further turn. A model loaded by `from_pretrained(folder, trust_remote_code=True)` needs no `custom_generate`.
 
-Made by [SparseKV](https://pypi.org/project/sparsekv/) {version}.
+Made by SparseKV {version}.
 """
 LOAD_MODEL = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -144,7 +144,9 @@ class Session:
     def _pressed(self, press: Any) -> PressCache:
         try:
             return PressCache.prefill(self.model, self.ids, press)
-        except (AssertionError, ValueError, OSError, RuntimeError) as error:  # its checks, files, shapes
+        except UserError as error:
+            raise UserError(f"--keep {self.config.keep}: {error}") from error
+        except Exception as error:  # whatever its checks, files and shapes may raise
             said = f"--keep {self.config.keep}: fails on a context of {self.ids.shape[1]} tokens ({error})"
             raise UserError(f"{said}; take another press, or a longer text") from error
 

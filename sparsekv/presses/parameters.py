@@ -8,7 +8,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from kvpress import BasePress
 
 from sparsekv.anchors import AnchorConfig
-from sparsekv.errors import UserError
+from sparsekv.errors import UserError, require
 
 RATIOS = ("compression_ratio", "head_compression_ratio", "key_channel_compression_ratio", "target_compression_ratio")
 Configured: TypeAlias = BasePress | AnchorConfig
@@ -46,6 +46,8 @@ def parse_parameters(spec: str, press: BasePress, texts: dict[str, str]) -> dict
             kind = known[name]
             wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
             raise UserError(f"--presses {spec!r}: {name} must be {wanted}, not {text!r}") from error
+        below_zero = isinstance(values[name], int) and values[name] < 0  # they are numbers of tokens, heads, layers
+        require(not below_zero, f"--presses {spec!r}: {name} must be 0 or more, not {text}")
     return values
 
 

@@ -176,7 +176,7 @@ def _builder(name: str) -> Builder:
     if name in REFUSED:
         raise UserError(f"--presses names {name!r}: {REFUSED[name]}")
     if name not in PRESSES:
-        near = difflib.get_close_matches(name, PRESSES, n=3) or sorted(PRESSES)
+        near = difflib.get_close_matches(name.lower(), PRESSES, n=3) or sorted(PRESSES)
         raise UserError(f"--presses names {name!r}; did you mean {', '.join(near)}?")
     return PRESSES[name]
 

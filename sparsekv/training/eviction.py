@@ -244,16 +244,17 @@ def begin_forward(
 
 
 def slides(module: nn.Module, length: int) -> bool:
-    """Whether the layer sees only a sliding window of `length` tokens: such a layer holds no long cache to evict.
+    """Whether the layer has a sliding window of `length` tokens or fewer: such a layer holds no long cache to evict.
 
-    Where the model names the types of its layers, their windows count as shorter than any row.
+    Where the model names the types of its layers, their windows count as shorter than any row. In a row as long as its
+    window a layer sees everything, but by a mask of its own, which the selection loss cannot read.
     """
     config: Any = module.config
     layer_types = getattr(config, "layer_types", None)
     if layer_types:
         return layer_types[layer_of(module)] != "full_attention"
     window = getattr(config, "sliding_window", None)
-    return window is not None and window < length
+    return window is not None and window <= length
 
 
 @contextlib.contextmanager

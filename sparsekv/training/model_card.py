@@ -16,7 +16,7 @@ tags: [sparsekv, kv-cache, eviction-invariant-training{lora_tag}]
 
 {what}
 
-Made by [SparseKV](https://pypi.org/project/sparsekv/) {version} (commit {commit}); every option, version and the data's
+Made by SparseKV {version} (commit {commit}); every option, version and the data's
 fingerprint are in `eit_config.json`.
 
 ## Use

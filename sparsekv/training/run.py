@@ -162,7 +162,7 @@ def _check_architecture(trainer: EITTrainer, config: TrainConfig, rows: Dataset)
     require(
         not all(slides(layer, config.max_seq_len) for layer in attention_modules(trainer.base.get_decoder())),
         f"--max_seq_len {config.max_seq_len}: every layer of {config.model} has a sliding window, and evicts nothing "
-        "of rows longer than that; give shorter rows, or another model",
+        "of rows as long as that or longer; give shorter rows, or another model",
     )
     ids = torch.tensor([rows[0]["input_ids"][:96]], device=trainer.base.device)  # presses score 65 tokens and more
     evicting: set[int] = set()

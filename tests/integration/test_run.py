@@ -360,12 +360,18 @@ def test_layers_that_evict_nothing_are_named(options, tmp_path, monkeypatch, cap
         assert (line in caplog.text) == warned
 
 
-def test_rows_longer_than_every_window_are_refused_before_anything_is_written(options, tmp_path):
+@pytest.mark.parametrize("length", [100, 120])
+def test_rows_as_long_as_every_window_are_refused_before_anything_is_written(options, tmp_path, length):
     """96 tokens, with which the rules are tried, are within the window."""
     model = save_tiny(tmp_path / "model", "mistral", sliding_window=100)
-    with pytest.raises(UserError, match=r"--max_seq_len 120: every layer of .* has a sliding window.*; give shorter"):
-        train(train_config(options, tmp_path / "out", model=model, max_seq_len=120))
+    with pytest.raises(UserError, match=rf"--max_seq_len {length}: every layer of .* has a sliding window.*; give sho"):
+        train(train_config(options, tmp_path / "out", model=model, max_seq_len=length))
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_within_the_window_are_trained_on(options, tmp_path):
+    model = save_tiny(tmp_path / "model", "mistral", sliding_window=100)
+    assert train(train_config(options, tmp_path / "out", model=model, max_seq_len=99, max_steps=1)) is not None
 
 
 def test_an_architecture_that_cannot_evict_is_refused_before_anything_is_written(options, tmp_path):

@@ -306,6 +306,12 @@ def test_another_configuration_is_refused(new, changes, said):
     assert files(cell.path) == before
 
 
+def test_what_was_begun_and_never_answered_is_said_to_be_empty(new):
+    new().begin()
+    with pytest.raises(UserError, match="now 1; it holds no answer yet: name another --out, or delete this folder"):
+        new(seed=1).begin()
+
+
 def test_what_may_change(new):
     """Another path to the same adapter, the number of samples that gives the same rows, how a press prints itself."""
     new(adapter="a", adapter_fingerprint="f").begin()

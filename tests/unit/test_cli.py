@@ -185,6 +185,29 @@ def test_a_missing_file_is_no_other_flag(capsys, tmp_path, flag):
         assert "--model" not in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--max_seq", "77"], "unrecognized arguments: --max_seq 77"),
+        (["eval", "--conf", "run.yaml"], "unrecognized arguments: --conf run.yaml"),
+        (["compare"], "the following arguments are required: folders"),
+        (["train", "--model", "m"], "--output_dir"),
+        (["train", "--lora_targets", "q_proj,v_proj"], "--lora_targets q_proj,v_proj: must be a list such as [a, b]"),
+        (["train", "--rules", "snapkv"], "--rules snapkv: must be a mapping such as {a: 1, b: 2}"),
+    ],
+)
+def test_a_line_says_what_would_be_right(capsys, arguments, said):
+    """Half of a flag is none: the file of an abbreviated --config would win over flags."""
+    assert said in failure(capsys, *arguments)
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "analyze"])
+def test_a_file_with_an_unknown_option_is_no_flag(capsys, tmp_path, command):
+    (tmp_path / "run.yaml").write_text("maxlen: 7\n")
+    line = failure(capsys, command, "--config", str(tmp_path / "run.yaml"))
+    assert f"--config: {command} has no option 'maxlen'" in line
+
+
 def test_flags_that_scripts_rely_on(train_values):
     given = {"model": "m", "data": "pydoc", "output_dir": "o", "max_seq_len": 256, "max_steps": 7, "save_steps": 3}
     given |= {"lora_r": 8, "initial_keep_ratio": 0.8, "min_keep_ratio": 0.4, "seed": 11}

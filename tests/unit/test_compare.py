@@ -198,13 +198,18 @@ def test_compare_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
         compare([str(base), str(elsewhere)])
     with pytest.raises(UserError, match="no cell folder"):
         compare([str(base), str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match="names no folder before or after a comma"):
+        compare([str(base), f"{base},"])
+    with pytest.raises(UserError, match="the first has an adapter and the last none; base first"):
+        compare([str(write_run(tmp_path / "run", {"qa": [1, 2]}, {"qa": [1, 2]}, adapter="a")), str(base)])
 
 
-def test_an_output_that_is_a_file(tmp_path: Path) -> None:
+def test_an_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = three_runs(tmp_path, rows=3)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=rf"^--output {tmp_path / 'file'}: cannot be written"):
+    with pytest.raises(UserError, match=rf"^--output {tmp_path / 'file'}: .* is a file; name a folder"):
         compare(folders, str(tmp_path / "file"))
+    assert not capsys.readouterr().out, "no tables before it is known"
 
 
 def test_each_run_is_compared_with_the_same_model(tmp_path: Path) -> None:

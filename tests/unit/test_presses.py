@@ -203,6 +203,7 @@ def test_decoding_presses_keep_a_share_or_with_a_target_a_number_of_tokens():
         ("no_press:x=1", r"no_press has no parameters"),
         ("snapkv:window_size=wide", r"window_size must be int, not 'wide'"),
         ("snapkv:window_size=1.5", r"window_size must be int, not '1.5'"),
+        ("snapkv:window_size=-3", r"window_size must be 0 or more, not -3"),
         ("cur:leverage_type=both", r"leverage_type must be Literal\[.*\], not 'both'"),
         ("snapkv:window_size", r"'window_size' is not param=value"),
         ("snapkv:", r"'' is not param=value"),

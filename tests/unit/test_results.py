@@ -79,6 +79,7 @@ def test_query_aware_cells_are_a_benchmark_of_their_own(cell: Path) -> None:
         ("profile.json", '{"commit": ', "Expecting value"),
         ("profile.json", "[]", "corrupt"),
         ("config.yaml", "dataset: ruler\n", "lacks 'sparsekv'"),
+        ("config.yaml", "dataset: ruler\npress_name: snapkv\n", "not written by `sparsekv eval`"),
         ("config.yaml", "a: [", "corrupt"),
         ("config.yaml", "", "corrupt"),
     ],

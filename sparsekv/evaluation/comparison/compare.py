@@ -18,7 +18,7 @@ from sparsekv.evaluation.comparison.levels import ALL_TASKS, FULL_CACHE, Level, 
 from sparsekv.evaluation.comparison.results import CELL, NO_PRESS, RUN, Results, load_results
 from sparsekv.evaluation.comparison.roles import comparisons, with_own_base
 from sparsekv.evaluation.comparison.statistics import Floats, Sampled, holm, interval, p_values, ratio
-from sparsekv.files import write_text, writing
+from sparsekv.files import check_writable, write_text, writing
 
 ROLES = ("base", "control", "trained")
 SIGNIFICANT = 0.05
@@ -105,7 +105,15 @@ def compare(folders: Sequence[str], output: str | None = None) -> None:
         Another number of folders; runs that do not belong together; no cell in common.
     """
     require(len(folders) in (2, 3), f"compare: {len(folders)} folders given; it takes base [control] trained")
+    for role in folders:
+        require(all(role.split(",")), f"compare {role!r}: names no folder before or after a comma")
+    if output is not None:
+        check_writable(Path(output), "--output")
     *others, trained = [[load_results(folder) for folder in role.split(",")] for role in folders]
+    swapped = others[0][0].cells.adapter.any() and not any(results.cells.adapter.any() for results in trained)
+    require(
+        not swapped, f"compare {folders[0]} … {folders[-1]}: the first has an adapter and the last none; base first"
+    )
     for role, other in zip(ROLES, others, strict=False):
         paired = len(other) in (1, len(trained))
         require(paired, f"{role}: {len(other)} seeds, trained: {len(trained)}; give as many of both, or one {role}")

@@ -78,7 +78,10 @@ def load_results(folder: str | Path) -> Results:
     loaded = [_load_cell(path) for path in found]
     cells = pd.DataFrame([cell for cell, _ in loaded])
     same = cells[cells.duplicated([*RUN, *CELL], keep=False)]
-    require(same.empty, f"the same cell in two folders: {' and '.join(map(str, same.folder[:2]))}; delete one")
+    require(
+        same.empty,
+        f"{folder}: the same cell in two folders, {' and '.join(map(str, same.folder[:2]))}; name that of one run",
+    )
     full = [table for _, table in loaded if not table.empty]
     scores = pd.concat(full, ignore_index=True) if full else pd.DataFrame(columns=COLUMNS)
     for _, group in cells.groupby(RUN):
@@ -118,7 +121,10 @@ def _load_cell(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     cell: dict[str, Any] = {"folder": folder, "commit": "", "reason": ""}
     file = folder / "config.yaml"
     try:
-        cell |= _describe(yaml.safe_load(file.read_text(encoding="utf-8")))
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        foreign = isinstance(config, dict) and "press_name" in config and "sparsekv" not in config
+        require(not foreign, f"{file}: not written by `sparsekv eval` (it has no section sparsekv); leave it out")
+        cell |= _describe(config)
         if all((folder / name).exists() for name in FINISHED):
             file = folder / "profile.json"
             cell["commit"] = json.loads(file.read_text(encoding="utf-8")).get("commit") or ""

@@ -107,8 +107,10 @@ class CellFolder:
         changed = differences({**before, **before["sparsekv"]}, {**self.config, **self.config["sparsekv"]})
         if changed:
             key, was, now = changed[0]
+            answers = any((self.path / name).is_file() for name in FINISHED) or self._journal.files()
+            state = "its predictions are not reused" if answers else "it holds no answer yet"
             raise UserError(
-                f"{self.path}: was run with {key} {was!r}, now {now!r}; its predictions are not reused: "
+                f"{self.path}: was run with {key} {was!r}, now {now!r}; {state}: "
                 "name another --out, or delete this folder"
             )
 
