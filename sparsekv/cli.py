@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import itertools
 import logging
 import os
@@ -71,8 +72,7 @@ def with_underscores(arguments: Sequence[str]) -> list[str]:
 
 def spell_out_switches(arguments: Sequence[str]) -> list[str]:
     """`--resume` → `--resume true`, for every option that is true or false."""
-    schema = COMMANDS[arguments[0]].schema if arguments and arguments[0] in COMMANDS else None
-    switches = set(_switches(resolve_name(schema))) if schema else set()
+    switches = {flag for flag, kind in known_flags(arguments) if kind is bool}
     spelled: list[str] = []
     for argument, following in itertools.pairwise([*arguments, "--"]):
         spelled.append(argument)
@@ -81,12 +81,24 @@ def spell_out_switches(arguments: Sequence[str]) -> list[str]:
     return spelled
 
 
-def _switches(schema: type, prefix: str = "--") -> Iterator[str]:
+def known_flags(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """(flag, type) of every option of the command that the arguments begin with."""
+    schema = COMMANDS[arguments[0]].schema if arguments and arguments[0] in COMMANDS else None
+    return list(_flags(resolve_name(schema))) if schema else []
+
+
+def _flags(schema: type, prefix: str = "--") -> Iterator[tuple[str, Any]]:
     for name, kind in get_type_hints(schema).items():
-        if kind is bool:
-            yield prefix + name
-        elif dataclasses.is_dataclass(kind):
-            yield from _switches(cast(type, kind), f"{prefix}{name}.")
+        yield prefix + name, kind
+        if dataclasses.is_dataclass(kind):
+            yield from _flags(cast(type, kind), f"{prefix}{name}.")
+
+
+def with_near_flag(message: str, arguments: Sequence[str]) -> str:
+    """The message, and the option that an unknown one may have been meant for."""
+    unknown = re.match(r"unrecognized arguments: (--[\w.]+)", message)
+    near = difflib.get_close_matches(unknown[1], [flag for flag, _ in known_flags(arguments)], n=1) if unknown else []
+    return f"{message}; did you mean {near[0]}?" if near else message
 
 
 def files_first(arguments: Sequence[str]) -> list[str]:
@@ -185,12 +197,13 @@ def quieten() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `sparsekv` command."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         quieten()
-        command, values = parse(sys.argv[1:] if arguments is None else arguments)
+        command, values = parse(arguments)
         status = COMMANDS[command].run(values)
     except (UserError, ArgumentError) as error:
-        print(f"sparsekv: {one_line(error)}", file=sys.stderr)
+        print(f"sparsekv: {with_near_flag(one_line(error), arguments)}", file=sys.stderr)
         status = 2
     except LostProcessError as error:
         print(f"\nsparsekv: {error}", file=sys.stderr)  # below the bar of a progress that ends here

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 
 from sparsekv.errors import UserError, require
 
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")  # files that training text is read from
+
 
 def cache_folder() -> Path:
     """The user's cache folder of this package, or `$SPARSEKV_CACHE`."""

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi, constants
 
 from sparsekv.errors import UserError
+from sparsekv.files import TEXT_SUFFIXES
 
 PYDOC = "pydoc"
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 SHUFFLE_BUFFER = 256  # documents held in memory to shuffle a stream
 _UNDOCUMENTED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "lib2to3", "turtledemo"}
 
@@ -41,11 +41,15 @@ def documents(name: str, seed: int, data_subset: str | None) -> Iterator[str]:
 
 def _text_files(path: Path) -> list[str]:
     """The text files at `path`, sorted; raises UserError for an empty file, a wrong kind, or none at all."""
-    if path.is_file() and path.suffix not in SUFFIXES:
-        raise UserError(f"--data {path}: its kind is not known; give a {', '.join(SUFFIXES)} file or a folder of them")
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+    if path.is_file() and path.suffix not in TEXT_SUFFIXES:
+        raise UserError(
+            f"--data {path}: its kind is not known; give a {', '.join(TEXT_SUFFIXES)} file or a folder of them"
+        )
+    files = (
+        [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file())
+    )
     if not files:
-        raise UserError(f"--data {path}: the folder holds no {', '.join(SUFFIXES)} file")
+        raise UserError(f"--data {path}: the folder holds no {', '.join(TEXT_SUFFIXES)} file")
     for file in files:
         if file.stat().st_size == 0:
             raise UserError(f"--data {file}: the file is empty")
@@ -101,7 +105,7 @@ def _read_parquet(file: str) -> Iterator[str]:
 
 def _hub_stream(name: str, data_subset: str | None) -> datasets.IterableDataset:
     """A Hub dataset's training split, streamed (or read from the datasets cache when HF_HUB_OFFLINE is set)."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) or name.endswith(SUFFIXES):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) or name.endswith(TEXT_SUFFIXES):
         raise UserError(f"--data {name}: no such file or folder; give pydoc, recall, a path or a Hub dataset")
     try:
         if not constants.HF_HUB_OFFLINE:

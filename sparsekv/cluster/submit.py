@@ -16,7 +16,9 @@ from sparsekv.cluster.pipeline import Pipeline, load_pipeline
 from sparsekv.cluster.plan import Step, check_scripts, make_plan, predecessors
 from sparsekv.cluster.site import Site, load_site
 from sparsekv.errors import UserError, require
+from sparsekv.files import TEXT_SUFFIXES
 from sparsekv.signals import StopSignal
+from sparsekv.training.config import TrainConfig
 from sparsekv.training.record import FINAL
 
 
@@ -48,6 +50,7 @@ def submit(config: SubmitConfig) -> int:
     due = [step for step in steps if step.due]
     if not due or config.dry_run:
         return 0
+    _check_texts(due)
     if config.executor == SLURM:
         slurm.check_available()
     _confirm(due, config)
@@ -75,6 +78,16 @@ def _check_adapters(phases: dict[str, Phase], config: SubmitConfig) -> None:
     for phase in (phases[name] for name in ("control", "train") if name in phases):
         there = (phase.out / FINAL).is_dir()
         require(there, f"submit {config.target}: no adapter in {phase.out / FINAL} yet; make it: {shlex.join(words)}")
+
+
+def _check_texts(due: Sequence[Step]) -> None:
+    """A training's own text must be there: it would be missed only when the phases before are done."""
+    for step in due:
+        config = step.phase.config
+        data = config.data if isinstance(config, TrainConfig) else ()
+        for name in [data] if isinstance(data, str) else data:
+            there = not name.endswith(TEXT_SUFFIXES) or Path(name).expanduser().exists()
+            require(there, f"{step.phase.label}: --data {name}: no such file; make it first")
 
 
 def _queued(names: Sequence[str], book: Book) -> tuple[dict[str, Entry], set[str]]:

@@ -188,7 +188,9 @@ def test_a_missing_file_is_no_other_flag(capsys, tmp_path, flag):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["train", "--max_seq", "77"], "unrecognized arguments: --max_seq 77"),
+        (["train", "--max_seq", "77"], "unrecognized arguments: --max_seq 77; did you mean --max_seq_len?"),
+        (["train", "--anchors.recent_siz", "3"], "did you mean --anchors.recent_size?"),
+        (["eval", "--ratio=0.5"], "did you mean --ratios?"),
         (["eval", "--conf", "run.yaml"], "unrecognized arguments: --conf run.yaml"),
         (["compare"], "the following arguments are required: folders"),
         (["train", "--model", "m"], "--output_dir"),

@@ -104,6 +104,27 @@ def test_the_chain(site, capsys):
     ]
 
 
+def test_text_that_is_not_there_is_missed_at_once(site, capsys):
+    """And not when the phases before the training are done."""
+    config = yaml.safe_load(Path("configs/train.yaml").read_text()) | {"data": {"out/notes.jsonl": 0.5, "recall": 0.5}}
+    Path("configs/train.yaml").write_text(yaml.safe_dump(config))
+    assert submit("pipeline", "--model", "tiny", "--dry_run") == 0
+    line = failure(capsys, "submit", "pipeline", "--model", "tiny", "--yes")
+    assert "phase 2 control: --data out/notes.jsonl: no such file; make it first" in line
+    assert not site.calls("sbatch")
+    Path("out").mkdir(exist_ok=True)
+    Path("out/notes.jsonl").write_text('{"text": "a"}')
+    assert submit("pipeline", "--model", "tiny", "--yes") == 0
+
+
+def test_submit_names_the_experiment_file_for_what_it_holds(site, capsys):
+    pipeline = yaml.safe_load(Path("configs/pipeline.yaml").read_text())
+    pipeline["models"]["tiny"]["analyze"] = {"maxlen": 4096}
+    Path("configs/pipeline.yaml").write_text(yaml.safe_dump(pipeline))
+    line = failure(capsys, "submit", "pipeline", "--model", "tiny", "--yes")
+    assert "models: tiny: analyze:" in line
+
+
 def test_a_second_call_submits_nothing_twice(site, capsys):
     submit("pipeline", "--model", "tiny", "--yes")
     site.say("squeue", "".join(f"{number}|{number}|PENDING|Dependency\n" for number in range(101, 106)))
