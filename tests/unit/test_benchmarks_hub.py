@@ -153,6 +153,7 @@ def test_the_fingerprint_tells_every_change(repository, tiny_tokenizer):
     ("name", "options", "message"),
     [
         ("ruler", {"data_dir": "5000"}, r"^--data_dir 5000: ruler has no such part; give one of 4096, 8192, 16384$"),
+        ("ruler", {"context_length": 512}, r"^--context_length 512: give one of 4096, 8192, 16384$"),
         ("aime25", {"data_dir": "I"}, r"^--data_dir I: aime25 has no such part; it has no parts to choose from$"),
         ("longbench", {"data_dir": "qasper", "context_length": 9}, r"^--context_length 9: it has no meaning for "),
         (

@@ -131,6 +131,8 @@ def _ruler(request: _Request) -> Benchmark:
     length = str(request.context_length or request.data_dir or CONTEXT_LENGTH)
     if request.data_dir not in (None, length):
         raise UserError(f"--data_dir {request.data_dir}: it is not the --context_length {length}; give one of them")
+    there = HUB[request.name].folders
+    require(length in there or not request.context_length, f"--context_length {length}: give one of {', '.join(there)}")
     return _from_hub(request, length, request.choose(hub_rows(request.name, length)))
 
 
