@@ -215,7 +215,7 @@ def test_pilots_are_asked_other_rows_than_ablations(project):
 def test_short_runs_share_the_gpus(project):
     _, calls = run(project, "short_runs.sh", "pilots", GPUS="3,4", RUNS="2", TOGETHER="4")
     assert {call.split()[0] for call in calls if " train " in call} == {"3", "4"}
-    assert sum("compare" in call for call in calls) == 7
+    assert sum("compare" in call for call in calls) == 12
 
 
 @pytest.mark.parametrize(
