@@ -25,7 +25,7 @@ train() { # RUN
     [[ $run == base ]] && return
     sparsekv train --config configs/smollm2_135m.yaml --eval_steps 0 --compile true --resume true --seed "${run#*-}" \
         --control "$([[ $run == control-* ]] && echo true || echo false)" --output_dir "out/$run" || return
-    if [[ $run == trained-0 ]] && ! cmp -s {"out/$run/final",out/shipped}/eit_config.json; then
+    if [[ $run == trained-0 && ! out/shipped/eit_config.json -nt out/$run/final/adapter_model.safetensors ]]; then
         rm -rf out/shipped
         python scripts/ship_adapter.py "out/$run/final" out/shipped
     fi

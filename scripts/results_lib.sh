@@ -5,10 +5,11 @@ ratios=0.3,0.5,0.7
 
 # GPUS, where it is not set: those that CUDA_VISIBLE_DEVICES leaves, or all that there are.
 find_gpus() {
-    GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES:-}}
+    if [[ -z ${GPUS:-} ]]; then
+        GPUS=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste -sd,)} || GPUS=
+    fi
     [[ -n $GPUS ]] && return
-    GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste -sd,) && return
-    echo "scripts/${0##*/}: nvidia-smi finds no GPU; name those to use, such as GPUS=0,1" >&2
+    echo "scripts/${0##*/}: no GPU is found; name those to use, such as GPUS=0,1" >&2
     exit 2
 }
 
@@ -21,6 +22,10 @@ use_gpu() { # NUMBER: that of $GPUS, round and round
 # Lines of standard input to `one`, RUNS on each of $GPUS at a time; fails if one of them does.
 each_on_a_gpu() { # RUNS
     local gpus
+    [[ $1 =~ ^[1-9][0-9]*$ ]] || {
+        echo "scripts/${0##*/}: RUNS=$1: a number of 1 or more is needed" >&2
+        exit 2
+    }
     IFS=, read -ra gpus <<< "$GPUS"
     export GPUS
     export -f one use_gpu
@@ -37,7 +42,7 @@ make_texts() {
 }
 
 part() { # COMPARISON FILE: appears whole, as another script may read it
-    [[ -e $2 ]] || { awk "NR % 4 $1 1" out/debian_held_out.jsonl > "$2.$$" && mv "$2.$$" "$2"; }
+    [[ $2 -nt out/debian_held_out.jsonl ]] || { awk "NR % 4 $1 1" out/debian_held_out.jsonl > "$2.$$" && mv "$2.$$" "$2"; }
 }
 
 keep_record() { # RUN FOLDER: what is kept of a training

@@ -38,7 +38,7 @@ def main(final: Path, shipped: Path) -> None:
         weights = {name: weight.bfloat16() for name, weight in load_file(final / WEIGHTS).items()}
         settings, record = (json.loads((final / name).read_text("utf-8")) for name in (SETTINGS, RUN_CONFIG))
         model = record["config"]["model"]
-    except (SafetensorError, ValueError, LookupError) as error:
+    except (SafetensorError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{final}: {WEIGHTS}, {SETTINGS} or {RUN_CONFIG} is corrupt ({error!r})") from error
     tokenizer = (
         [] if model == DEMO_MODEL else [*final.glob("*token*"), *final.glob("chat_template*")]

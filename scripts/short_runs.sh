@@ -50,7 +50,7 @@ one() { # NAME CONTROL [option ...]
         evaluate base
     else
         train "$name" "$@" && evaluate "$name" --adapter "out/$kind/$name/final"
-    fi > "$log" 2>&1 && touch "${log%.log}.done" && return
+    fi >> "$log" 2>&1 && touch "${log%.log}.done" && return
     echo "scripts/short_runs.sh: $name failed: $log" >&2
     return 1
 }

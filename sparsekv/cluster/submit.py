@@ -48,9 +48,12 @@ def submit(config: SubmitConfig) -> int:
         check_scripts(steps)
     _show(steps, site, pipeline, config)
     due = [step for step in steps if step.due]
+    missing = _missing_texts(due)
     if not due or config.dry_run:
+        for line in missing:
+            print(f"not yet to be submitted: {line}")
         return 0
-    _check_texts(due)
+    require(not missing, "; ".join(missing))
     if config.executor == SLURM:
         slurm.check_available()
     _confirm(due, config)
@@ -80,14 +83,15 @@ def _check_adapters(phases: dict[str, Phase], config: SubmitConfig) -> None:
         require(there, f"submit {config.target}: no adapter in {phase.out / FINAL} yet; make it: {shlex.join(words)}")
 
 
-def _check_texts(due: Sequence[Step]) -> None:
-    """A training's own text must be there: it would be missed only when the phases before are done."""
+def _missing_texts(due: Sequence[Step]) -> list[str]:
+    """A line for each file of a training's text that is not there: else it is missed when the phases before are done."""
+    lines = []
     for step in due:
-        config = step.phase.config
-        data = config.data if isinstance(config, TrainConfig) else ()
+        data = step.phase.config.data if isinstance(step.phase.config, TrainConfig) else ()
         for name in [data] if isinstance(data, str) else data:
-            there = not name.endswith(TEXT_SUFFIXES) or Path(name).expanduser().exists()
-            require(there, f"{step.phase.label}: --data {name}: no such file; make it first")
+            if name.endswith(TEXT_SUFFIXES) and not Path(name).expanduser().exists():
+                lines.append(f"{step.phase.label}: --data {name}: no such file; make it first")
+    return lines
 
 
 def _queued(names: Sequence[str], book: Book) -> tuple[dict[str, Entry], set[str]]:

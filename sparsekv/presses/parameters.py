@@ -46,8 +46,8 @@ def parse_parameters(spec: str, press: BasePress, texts: dict[str, str]) -> dict
             kind = known[name]
             wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
             raise UserError(f"--presses {spec!r}: {name} must be {wanted}, not {text!r}") from error
-        below_zero = isinstance(values[name], int) and values[name] < 0  # they are numbers of tokens, heads, layers
-        require(not below_zero, f"--presses {spec!r}: {name} must be 0 or more, not {text}")
+        counts = isinstance(values[name], int) and name != "seed"  # tokens, heads, layers
+        require(not counts or values[name] >= 0, f"--presses {spec!r}: {name} must be 0 or more, not {text}")
     return values
 
 

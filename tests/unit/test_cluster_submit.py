@@ -109,6 +109,7 @@ def test_text_that_is_not_there_is_missed_at_once(site, capsys):
     config = yaml.safe_load(Path("configs/train.yaml").read_text()) | {"data": {"out/notes.jsonl": 0.5, "recall": 0.5}}
     Path("configs/train.yaml").write_text(yaml.safe_dump(config))
     assert submit("pipeline", "--model", "tiny", "--dry_run") == 0
+    assert "not yet to be submitted: phase 2 control: --data out/notes.jsonl: no such file" in capsys.readouterr().out
     line = failure(capsys, "submit", "pipeline", "--model", "tiny", "--yes")
     assert "phase 2 control: --data out/notes.jsonl: no such file; make it first" in line
     assert not site.calls("sbatch")

@@ -187,6 +187,10 @@ def test_decoding_presses_keep_a_share_or_with_a_target_a_number_of_tokens():
         make_press("cam_knorm", 0.3)
 
 
+def test_a_seed_is_no_count():
+    assert make_press("random:seed=-1", 0.5).seed == -1
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

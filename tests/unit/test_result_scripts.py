@@ -22,7 +22,8 @@ fi
 while (($#)); do
     if [[ $1 == --output_dir ]]; then
         mkdir -p "$2/final"
-        touch "$2"/{final/{adapter_model.safetensors,eit_config.json},eit_config.json,metrics.jsonl}
+        [[ -e $2/metrics.jsonl ]] ||
+            touch "$2"/{final/adapter_model.safetensors,final/eit_config.json,eit_config.json,metrics.jsonl}
     fi
     shift
 done
@@ -104,7 +105,7 @@ def test_headline_trains_on_every_gpu_and_evaluates_and_compares_all(project):
     assert len([call for call in calls if " eval " in call]) == len(evaluated)  # they find what is done
     assert len([call for call in calls if " train " in call]) == len(trained)
     assert not [call for call in calls if "python" in call]  # neither text nor adapter is made again
-    (project / "out/trained-0/final/eit_config.json").write_text("another run")
+    shutil.rmtree(project / "out/trained-0")  # and trained anew
     _, calls = run(project, "headline.sh", GPUS="5")
     assert [call for call in calls if "ship_adapter" in call], "what is evaluated is what was trained"
 
@@ -150,7 +151,7 @@ def test_a_gpu_is_needed(project, script):
     (project / "bin/nvidia-smi").chmod(0o755)
     ended, calls = run(project, *script)
     assert ended.returncode == 2
-    assert ended.stderr == f"scripts/{script[0]}: nvidia-smi finds no GPU; name those to use, such as GPUS=0,1\n"
+    assert ended.stderr == f"scripts/{script[0]}: no GPU is found; name those to use, such as GPUS=0,1\n"
     assert not calls
 
 
@@ -213,9 +214,29 @@ def test_pilots_are_asked_other_rows_than_ablations(project):
 
 
 def test_short_runs_share_the_gpus(project):
-    _, calls = run(project, "short_runs.sh", "pilots", GPUS="3,4", RUNS="2", TOGETHER="4")
+    ended, calls = run(project, "short_runs.sh", "pilots", GPUS="3,4", RUNS="2", TOGETHER="4")
+    assert ended.returncode == 0, ended.stderr
     assert {call.split()[0] for call in calls if " train " in call} == {"3", "4"}
-    assert sum("compare" in call for call in calls) == 12
+
+
+@pytest.mark.parametrize(("environment", "gpus"), [({"CUDA_VISIBLE_DEVICES": "6"}, {"6"}), ({}, {"0", "1"})])
+def test_which_gpus_there_are(project, environment, gpus):
+    """Those that a cluster leaves, or all."""
+    (project / "bin/nvidia-smi").write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
+    (project / "bin/nvidia-smi").chmod(0o755)
+    _, calls = run(project, "short_runs.sh", "pilots", **environment)
+    assert {call.split()[0] for call in calls if " train " in call} == gpus
+
+
+@pytest.mark.parametrize("script", [("headline.sh",), ("short_runs.sh", "pilots")])
+@pytest.mark.parametrize("runs", ["0", "all"])
+def test_so_many_at_a_time_is_a_number(project, script, runs):
+    ended, calls = run(project, *script, GPUS="0", RUNS=runs)
+    assert (ended.returncode, ended.stderr) == (
+        2,
+        f"scripts/{script[0]}: RUNS={runs}: a number of 1 or more is needed\n",
+    )
+    assert not [call for call in calls if " train " in call or " eval " in call]
 
 
 @pytest.mark.parametrize(

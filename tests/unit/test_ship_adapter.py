@@ -35,8 +35,25 @@ def test_the_same_weights_in_half_the_bytes(final, tmp_path):
     record = (tmp_path / "shipped/eit_config.json").read_bytes()
     assert record == (final / "eit_config.json").read_bytes()
     assert (tmp_path / "shipped/tokenizer.json").is_file(), "its card loads it"
-    assert not (SHIPPED / "tokenizer.json").exists(), "the demo model has its own"
     assert "Licence" in (tmp_path / "shipped/README.md").read_text("utf-8")
+
+
+def test_the_demo_model_has_its_own_tokenizer(final, tmp_path):
+    shutil.copytree(final, tmp_path / "final")
+    record = json.loads((final / "eit_config.json").read_text("utf-8"))
+    record["config"]["model"] = "smollm2-135m"
+    (tmp_path / "final/eit_config.json").write_text(json.dumps(record), "utf-8")
+    main(tmp_path / "final", tmp_path / "shipped")
+    assert not list((tmp_path / "shipped").glob("*token*"))
+
+
+@pytest.mark.parametrize("record", ["[]", '{"config": 3}', "{"])
+def test_a_corrupt_record_is_named(final, tmp_path, record):
+    shutil.copytree(final, tmp_path / "final")
+    (tmp_path / "final/eit_config.json").write_text(record, "utf-8")
+    with pytest.raises(UserError, match=r"eit_config\.json is corrupt"):
+        main(tmp_path / "final", tmp_path / "shipped")
+    assert not (tmp_path / "shipped").exists()
 
 
 def test_one_line_and_nothing_written(final, tmp_path):
