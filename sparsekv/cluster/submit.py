@@ -84,7 +84,7 @@ def _check_adapters(phases: dict[str, Phase], config: SubmitConfig) -> None:
 
 
 def _missing_texts(due: Sequence[Step]) -> list[str]:
-    """A line for each file of a training's text that is not there: else it is missed when the phases before are done."""
+    """A line for each file of text that a training lacks: else it is missed when the phases before are done."""
     lines = []
     for step in due:
         data = step.phase.config.data if isinstance(step.phase.config, TrainConfig) else ()
