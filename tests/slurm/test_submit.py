@@ -182,6 +182,7 @@ def test_a_training_that_fails_takes_phase_3_with_it(account, first_adapter):
     account.forget_training()
     text = account.folder / "text.jsonl"
     text.rename(text.with_suffix(".away"))
+    text.write_text('{"words": "of another key"}\n', "utf-8")
     said = account.submit()
     assert "phase 2 control: done" in said
     jobs = account.jobs()
