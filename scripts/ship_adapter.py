@@ -40,9 +40,8 @@ def main(final: Path, shipped: Path) -> None:
         model = record["config"]["model"]
     except (SafetensorError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{final}: {WEIGHTS}, {SETTINGS} or {RUN_CONFIG} is corrupt ({error!r})") from error
-    tokenizer = (
-        [] if model == DEMO_MODEL else [*final.glob("*token*"), *final.glob("chat_template*")]
-    )  # the card's code
+    # The card's code loads it from the folder, but for the demo model.
+    tokenizer = [] if model == DEMO_MODEL else [*final.glob("*token*"), *final.glob("chat_template*")]
     base = settings.get("base_model_name_or_path")
     if base and Path(base).exists():  # on this machine, and on no other
         settings["base_model_name_or_path"] = None

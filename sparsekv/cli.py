@@ -157,8 +157,14 @@ POSITIONALS = ("folders", "results", "target")
 # What jsonargparse says of a value of another kind, and of each kind that would be right.
 MISTYPED = re.compile(r"(--[\w.]+): (?:Expected a|Does not validate) .*(?:Got|Given) value: (.*)")
 KIND = re.compile(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^]]+)\])")
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-KINDS |= {"list": "a list such as [a, b]", "dict": "a mapping such as {a: 1, b: 2}"}
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list such as [a, b]",
+    "dict": "a mapping such as {a: 1, b: 2}",
+}
 
 
 def _mistyped(said: re.Match[str]) -> str:
