@@ -8,6 +8,7 @@ import csv
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -545,6 +546,15 @@ def test_an_adapter_of_another_base(inputs, tmp_path):
     attach_lora(load_model(other), 4, 8, ["q_proj"]).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match=r"--adapter .*: does not fit"):
         evaluate(config(inputs, tmp_path / "out", adapter=str(tmp_path / "adapter")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_loaded_leaves_nothing(inputs, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(inputs / "base", broken)
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"--model {broken}"):
+        evaluate(config(inputs, tmp_path / "out", model=str(broken)))
     assert not (tmp_path / "out").exists()
 
 

@@ -56,8 +56,11 @@ def evaluate(config: EvalConfig) -> int | None:
     total = sum(job.missing(portion) for share in shares for job, portion in share)
     with StopSignal() as stop, CountProgress("answers", total) as progress:
         for run, share in zip(runs, shares, strict=True):
+            worker = Worker(config, run, stop, progress)
+            if any(job.missing(portion) for job, portion in share):
+                worker.loaded()  # a model that cannot be loaded leaves nothing behind
             _begin(run)
-            Worker(config, run, stop, progress).work(share)
+            worker.work(share)
             if stop.number is not None:
                 return stop.number
             _end(run)
@@ -116,7 +119,7 @@ def _say_state(runs: Sequence[Run]) -> None:
 
 
 class Worker:
-    """Works on one model; it is loaded when the first answer, or view, is missing.
+    """Works on one model; it is loaded where an answer, or a view, is missing.
 
     Parameters
     ----------
@@ -158,10 +161,10 @@ class Worker:
         self._engines = {}
         for job in self.run.jobs:
             if self.stop.number is None:
-                keep_view(job, self.config.view_tokens, self._loaded, self.config.seed)
+                keep_view(job, self.config.view_tokens, self.loaded, self.config.seed)
 
     def _engine(self, job: Job) -> Engine:
-        model = self._loaded()
+        model = self.loaded()
         if id(job) not in self._engines:
             suite, budget = job.encoder.suite, self.config.memory_budget_gib
             sampling = Sampling(suite.temperature, suite.top_p, suite.top_k, suite.num_generations, self.config.seed)
@@ -169,7 +172,8 @@ class Worker:
             self._engines[id(job)] = Engine(model, self.run.tokenizer, budget_bytes, sampling)
         return self._engines[id(job)]
 
-    def _loaded(self) -> Any:
+    def loaded(self) -> Any:
+        """The model, with its adapter in it."""
         if self._model is None:
             self._model = self._load()
         return self._model
