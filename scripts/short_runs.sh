@@ -14,8 +14,8 @@ cd "$(dirname "$0")/.."
 source scripts/results_lib.sh
 kind=${1:-}
 case $kind in
-    ablations) steps=100 text=out/held.jsonl asked="--tasks niah_single_2 --num_samples 100 --seed 0" ;;
-    pilots) steps=250 text=out/val_text.jsonl asked="--tasks niah_single_2,niah_multikey_1 --num_samples 50 --seed 1000" ;;
+    ablations) steps=100 seed=0 text=out/held.jsonl rows=100 tasks=niah_single_2 longer= ;;
+    pilots) steps=250 seed=1000 text=out/val_text.jsonl rows=50 tasks=niah_single_2,niah_multikey_1 longer=4096 ;;
     *)
         echo "scripts/short_runs.sh '$kind': name what to run, ablations or pilots" >&2
         exit 2
@@ -26,13 +26,15 @@ lines=configs/$kind.txt
 failed=0
 
 evaluate() { # NAME [option ...]
-    local name=$1
+    local name=$1 length
     shift
-    local common=(--model smollm2-135m "$@" --context_length 1024 --presses "$presses" --ratios "$ratios" --dtype bfloat16
-        --memory_budget_gib 5 --view_tokens 0 --out "out/$kind/eval/$name")
-    # shellcheck disable=SC2086  # several options
-    sparsekv eval "${common[@]}" --benchmark perplexity --data_dir "$text" --num_samples 100 --seed "${asked##* }" &&
-        sparsekv eval "${common[@]}" --benchmark ruler-local --max_new_tokens 16 $asked
+    local common=(--model smollm2-135m "$@" --presses "$presses" --ratios "$ratios" --dtype bfloat16 --memory_budget_gib 5
+        --view_tokens 0 --seed "$seed" --out "out/$kind/eval/$name")
+    sparsekv eval "${common[@]}" --benchmark perplexity --data_dir "$text" --context_length 1024 --num_samples 100 || return
+    for length in 1024 $longer; do
+        sparsekv eval "${common[@]}" --benchmark ruler-local --context_length "$length" --tasks "$tasks" --num_samples "$rows" \
+            --max_new_tokens 16 || return
+    done
 }
 
 train() { # NAME [option ...]
@@ -80,7 +82,7 @@ find_gpus
 mkdir -p "out/$kind/log"
 make_texts
 export -f train evaluate
-export kind steps text asked presses ratios
+export kind steps seed text rows tasks longer presses ratios
 each_on_a_gpu "${RUNS:-4}" <<< "$list" || failed=1
 done_with() { [[ -e out/$kind/log/$1.done ]]; }
 while read -r name control _; do

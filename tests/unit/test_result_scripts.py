@@ -207,10 +207,14 @@ def test_pilots_are_asked_other_rows_than_ablations(project):
         ended, calls = run(project, "short_runs.sh", kind, "one_cut" if kind == "ablations" else "two", GPUS="3")
         assert ended.returncode == 0, ended.stderr
         evaluated = [call for call in calls if " eval " in call]
-        rows[kind] = {(value(call, "--data_dir"), value(call, "--seed")) for call in evaluated}
-        assert len(evaluated) == 3 * 2  # the base, a control and one beside it; text and needles
-    held, val = "out/held.jsonl", "out/val_text.jsonl"
-    assert rows == {"ablations": {(held, "0"), (None, "0")}, "pilots": {(val, "1000"), (None, "1000")}}
+        asked = [
+            tuple(value(call, f"--{name}") for name in ("data_dir", "context_length", "seed")) for call in evaluated
+        ]
+        rows[kind] = {row: asked.count(row) for row in asked}
+    three = 3  # the base, a control and one beside it
+    ablations = [("out/held.jsonl", "1024", "0"), (None, "1024", "0")]
+    pilots = [("out/val_text.jsonl", "1024", "1000"), (None, "1024", "1000"), (None, "4096", "1000")]
+    assert rows == {"ablations": dict.fromkeys(ablations, three), "pilots": dict.fromkeys(pilots, three)}
 
 
 def test_short_runs_share_the_gpus(project):
