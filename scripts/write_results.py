@@ -6,7 +6,7 @@ results/README.md says what makes them.
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -27,6 +27,7 @@ COMMANDS = {  # experiment → what makes its compare.csv
     "headline": f"sparsekv compare out/eval/base {SEEDS.format('out/eval/control')} {SEEDS.format('out/eval/trained')} "
     "--output results/headline",
     "beyond": "sparsekv compare out/WHAT/base out/WHAT/control-0 out/WHAT/trained-0 --output results/beyond/WHAT",
+    "more-kl": "git worktree add ../more-kl c6fb021 && cd ../more-kl && scripts/headline.sh",
     "ablations": "scripts/short_runs.sh ablations",
 }
 # Of a training, beside its data and size.
@@ -49,8 +50,8 @@ def main(results: Path, document: Path, readme: Path) -> None:
     else:
         effect = absent(headline, "headline")
         blocks = dict.fromkeys(("goals", "headline"), effect)
-    further = [read_compare(file) for file in sorted(results.glob("beyond/*/compare.csv"))]
-    blocks["beyond"] = beyond_block(further) if further else absent(results / "beyond", "beyond")
+    for name, text in (("beyond", beyond_block(results / "beyond")), ("more-kl", more_kl_block(results / "more-kl"))):
+        blocks[name] = text or absent(results / name, name)
     blocks["trainings"] = trainings_block(results) or absent(results / "headline" / "training", "headline")
     runs = {file.parent.name: read_compare(file) for file in sorted(results.glob("ablations/*/compare.csv"))}
     blocks["ablations"] = ablations_block(runs) if runs else absent(results / "ablations", "ablations")
@@ -158,9 +159,11 @@ def effect_block(table: pd.DataFrame) -> str:
     return f"{caption(rows)} Percent, {marks}.\n\n{tables.markdown_table(header, lines)}"
 
 
-def beyond_block(comparisons: Sequence[pd.DataFrame]) -> str:
-    """One row a benchmark, length and task: means over evicted cells, and verdicts."""
-    lines = []
+def beyond_block(folder: Path) -> str:
+    """One row a benchmark, length and task: means over evicted cells, and verdicts; nothing where there is no file."""
+    comparisons, lines = [read_compare(file) for file in sorted(folder.glob("*/compare.csv"))], []
+    if not comparisons:
+        return ""
     for table in comparisons:
         scored = table[(table.reason == "") & table.headline.astype(bool)]
         for _, rows in scored.groupby(["benchmark", "data_dir"]):
@@ -171,6 +174,12 @@ def beyond_block(comparisons: Sequence[pd.DataFrame]) -> str:
     about = f"{caption(pd.concat(comparisons).query('task == @ALL_TASKS'))} Base → control → trained."
     notes = "Means over all evicted cells. Cells: trained against control, ▲ better, ▼ worse, = no different."
     return "\n\n".join([about, tables.markdown_table(header, lines), notes])
+
+
+def more_kl_block(folder: Path) -> str:
+    """Goals and other lengths and tasks of the recipe that was not taken; nothing where there is no file."""
+    headline, further = folder / "compare.csv", beyond_block(folder / "beyond")
+    return f"{goals_block(read_compare(headline))}\n\n{further}" if headline.is_file() and further else ""
 
 
 def beyond_cells(rows: pd.DataFrame) -> list[str]:
