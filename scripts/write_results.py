@@ -161,9 +161,10 @@ def effect_block(table: pd.DataFrame) -> str:
 
 def beyond_block(folder: Path) -> str:
     """One row a benchmark, length and task: means over evicted cells, and verdicts; nothing where there is no file."""
-    comparisons, lines = [read_compare(file) for file in sorted(folder.glob("*/compare.csv"))], []
+    comparisons = [read_compare(file) for file in sorted(folder.glob("*/compare.csv"))]
     if not comparisons:
         return ""
+    lines = []
     for table in comparisons:
         scored = table[(table.reason == "") & table.headline.astype(bool)]
         for _, rows in scored.groupby(["benchmark", "data_dir"]):
@@ -177,9 +178,12 @@ def beyond_block(folder: Path) -> str:
 
 
 def more_kl_block(folder: Path) -> str:
-    """Goals and other lengths and tasks of the recipe that was not taken; nothing where there is no file."""
+    """Goals, needles, other lengths and tasks of the recipe that was not taken; nothing where a file lacks."""
     headline, further = folder / "compare.csv", beyond_block(folder / "beyond")
-    return f"{goals_block(read_compare(headline))}\n\n{further}" if headline.is_file() and further else ""
+    if not headline.is_file() or not further:
+        return ""
+    table = read_compare(headline)
+    return "\n\n".join([goals_block(table), effect_block(table), further])
 
 
 def beyond_cells(rows: pd.DataFrame) -> list[str]:

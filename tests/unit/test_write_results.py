@@ -139,8 +139,9 @@ def test_the_recipe_that_was_not_taken_has_the_same_tables(tmp_path: Path, docum
     for name in ("beyond", "more-kl/beyond"):
         comparison(50).write(tmp_path / "results" / name / "lengths")
     main(tmp_path / "results", document)
-    goals, beyond = block(document, "more-kl").split("\n\ntiny;")
+    goals, needles, beyond = block(document, "more-kl").split("\n\ntiny;")
     assert "→ 0.611" in goals
+    assert "20.0 → 30.0 → 70.0 ▲" in needles
     assert "→ 0.556" in block(document, "goals")
     assert f"tiny;{beyond}" == block(document, "beyond")
 
