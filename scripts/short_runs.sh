@@ -2,7 +2,7 @@
 # Short runs of the recipe for smollm2-135m, each with what differs in a line of configs/KIND.txt: train, evaluate, compare.
 #
 #   scripts/short_runs.sh ablations|pilots [NAME ...]        # GPUS=0,1: on these; all that there are
-#                                                            # RUNS=4: at a time on each
+#                                                            # RUNS=4: at a time on each; PROCESSES=1: that evaluate a run
 #
 # Ablations say what matters, on the rows that docs/results.md reports; pilots choose a recipe, on validation rows.
 # A line is a name, that of its control, which is trained with it, and options; without names all. The same rows are asked of
@@ -25,36 +25,40 @@ shift
 lines=configs/$kind.txt
 failed=0
 
-evaluate() { # NAME [option ...]
-    local name=$1 length
-    shift
-    local common=(--model smollm2-135m "$@" --presses "$presses" --ratios "$ratios" --dtype bfloat16 --memory_budget_gib 5
-        --view_tokens 0 --seed "$seed" --out "out/$kind/eval/$name")
-    sparsekv eval "${common[@]}" --benchmark perplexity --data_dir "$text" --context_length 1024 --num_samples 100 || return
-    for length in 1024 $longer; do
-        sparsekv eval "${common[@]}" --benchmark ruler-local --context_length "$length" --tasks "$tasks" --num_samples "$rows" \
-            --max_new_tokens 16 || return
-    done
+one() { # NAME CONTROL [option ...]
+    local name=$1 log=out/$kind/log/$1.log
+    shift 2
+    rm -f "${log%.log}.done"
+    { train "$name" "$@" && evaluations "$name" | xargs -P "$PROCESSES" -L 1 sparsekv eval; } >> "$log" 2>&1 &&
+        touch "${log%.log}.done" && return
+    echo "scripts/short_runs.sh: $name failed: $log" >&2
+    return 1
 }
 
 train() { # NAME [option ...]
     local name=$1
     shift
+    [[ $name == base ]] && return
     sparsekv train --config configs/smollm2_135m.yaml --data '{out/debian_text.jsonl: 0.5, recall: 0.5}' --eval_steps 0 --compile true \
         --save_steps 50 --max_steps "$steps" --num_train_samples $((16 * steps)) --resume true --output_dir "out/$kind/$name" "$@"
 }
 
-one() { # NAME CONTROL [option ...]
-    local name=$1 log=out/$kind/log/$1.log
-    shift 2
-    rm -f "${log%.log}.done"
-    if [[ $name == base ]]; then
-        evaluate base
-    else
-        train "$name" "$@" && evaluate "$name" --adapter "out/$kind/$name/final"
-    fi >> "$log" 2>&1 && touch "${log%.log}.done" && return
-    echo "scripts/short_runs.sh: $name failed: $log" >&2
-    return 1
+evaluations() { # NAME: what `sparsekv eval` is asked, a line for each process
+    local length
+    evaluate "$1" perplexity --data_dir "$text" --context_length 1024 --num_samples 100
+    for length in 1024 $longer; do
+        evaluate "$1" ruler-local --context_length "$length" --tasks "$tasks" --num_samples "$rows" --max_new_tokens 16
+    done
+}
+
+evaluate() { # NAME BENCHMARK option ...: a line for each of the processes that share it
+    local name=$1 adapter="--adapter out/$kind/$1/final" process
+    shift
+    [[ $name == base ]] && adapter=
+    for ((process = 0; process < PROCESSES; process++)); do
+        echo "--model smollm2-135m $adapter --presses $presses --ratios $ratios --dtype bfloat16 --memory_budget_gib 3" \
+            "--view_tokens 0 --seed $seed --out out/$kind/eval/$name --benchmark $*"
+    done
 }
 
 chosen() { # [NAME ...]: their lines after those of their controls, each once; without names all
@@ -81,8 +85,9 @@ list=$(chosen "$@")
 find_gpus
 mkdir -p "out/$kind/log"
 make_texts
-export -f train evaluate
-export kind steps seed text rows tasks longer presses ratios
+PROCESSES=${PROCESSES:-1}
+export -f train evaluations evaluate
+export PROCESSES kind steps seed text rows tasks longer presses ratios
 each_on_a_gpu "${RUNS:-4}" <<< "$list" || failed=1
 done_with() { [[ -e out/$kind/log/$1.done ]]; }
 while read -r name control _; do

@@ -167,6 +167,13 @@ def test_short_runs_are_of_what_is_named_beside_its_control(project):
     assert (project / "results/ablations/training/control/eit_config.json").exists()
 
 
+def test_so_many_processes_share_an_evaluation_of_a_short_run(project):
+    _, calls = run(project, "short_runs.sh", "pilots", "two", GPUS="3", PROCESSES="3")
+    asked = Counter(call for call in calls if " eval " in call)
+    assert len(asked) == 3 * 3  # base, control and run: text, needles at two lengths
+    assert set(asked.values()) == {3}
+
+
 def test_short_runs_take_the_control_that_a_line_names(project):
     ended, calls = run(project, "short_runs.sh", "ablations", "one_cut", "steps_50", "two_cuts", GPUS="3", RUNS="1")
     assert ended.returncode == 0, ended.stderr
