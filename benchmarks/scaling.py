@@ -40,6 +40,7 @@ from train_step import VARIANTS
 
 from sparsekv.errors import UserError, require
 from sparsekv.files import fill_block, write_json
+from sparsekv.models import load_tokenizer
 from sparsekv.version import commit
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +160,7 @@ def train_records(options: argparse.Namespace, length: int, count: int, how: str
 
 def evaluate(options: argparse.Namespace) -> Iterator[Record]:
     """Seconds of `sparsekv eval`, alone first, and how many of its answers are others than alone."""
+    load_tokenizer(options.model)  # the demo model is made on first use, which is no work of one GPU
     with tempfile.TemporaryDirectory() as folder:
         wanted = {}
         for count in sorted({1, *options.gpus}):

@@ -44,19 +44,21 @@ train() { # NAME [option ...]
 }
 
 evaluations() { # NAME: what `sparsekv eval` is asked, a line for each process
-    local length
-    evaluate "$1" perplexity --data_dir "$text" --context_length 1024 --num_samples 100
-    for length in 1024 $longer; do
-        evaluate "$1" ruler-local --context_length "$length" --tasks "$tasks" --num_samples "$rows" --max_new_tokens 16
-    done
+    evaluate "$1" "$presses" perplexity --data_dir "$text" --context_length 1024 --num_samples 100
+    needles "$1" "$presses" 1024
+    [[ -z $longer ]] || needles "$1" no_press "$longer"
 }
 
-evaluate() { # NAME BENCHMARK option ...: a line for each of the processes that share it
-    local name=$1 adapter="--adapter out/$kind/$1/final" process
-    shift
+needles() { # NAME PRESSES LENGTH
+    evaluate "$1" "$2" ruler-local --context_length "$3" --tasks "$tasks" --num_samples "$rows" --max_new_tokens 16
+}
+
+evaluate() { # NAME PRESSES BENCHMARK option ...: a line for each of the processes that share it
+    local name=$1 asked=$2 adapter="--adapter out/$kind/$1/final" process
+    shift 2
     [[ $name == base ]] && adapter=
     for ((process = 0; process < PROCESSES; process++)); do
-        echo "--model smollm2-135m $adapter --presses $presses --ratios $ratios --dtype bfloat16 --memory_budget_gib 3" \
+        echo "--model smollm2-135m $adapter --presses $asked --ratios $ratios --dtype bfloat16 --memory_budget_gib 3" \
             "--view_tokens 0 --seed $seed --out out/$kind/eval/$name --benchmark $*"
     done
 }
@@ -86,7 +88,7 @@ find_gpus
 mkdir -p "out/$kind/log"
 make_texts
 PROCESSES=${PROCESSES:-1}
-export -f train evaluations evaluate
+export -f train evaluations needles evaluate
 export PROCESSES kind steps seed text rows tasks longer presses ratios
 each_on_a_gpu "${RUNS:-4}" <<< "$list" || failed=1
 done_with() { [[ -e out/$kind/log/$1.done ]]; }

@@ -23,11 +23,15 @@ from sparsekv.training.record import rows_of_a_step
 
 VERDICTS = {None: "not measured", True: "met", False: "**missed**"}
 SEEDS = "{0}-0,{0}-1,{0}-2"
+NOT_TAKEN = {"more-kl": "c6fb021", "three-kl": "98fdbb8"}  # recipe → commit of its configuration
 COMMANDS = {  # experiment → what makes its compare.csv
     "headline": f"sparsekv compare out/eval/base {SEEDS.format('out/eval/control')} {SEEDS.format('out/eval/trained')} "
     "--output results/headline",
     "beyond": "sparsekv compare out/WHAT/base out/WHAT/control-0 out/WHAT/trained-0 --output results/beyond/WHAT",
-    "more-kl": "git worktree add ../more-kl c6fb021 && cd ../more-kl && scripts/headline.sh",
+    **{
+        name: f"git worktree add ../{name} {commit} && cd ../{name} && scripts/headline.sh"
+        for name, commit in NOT_TAKEN.items()
+    },
     "ablations": "scripts/short_runs.sh ablations",
 }
 # Of a training, beside its data and size.
@@ -50,8 +54,9 @@ def main(results: Path, document: Path, readme: Path) -> None:
     else:
         effect = absent(headline, "headline")
         blocks = dict.fromkeys(("goals", "headline"), effect)
-    for name, text in (("beyond", beyond_block(results / "beyond")), ("more-kl", more_kl_block(results / "more-kl"))):
-        blocks[name] = text or absent(results / name, name)
+    blocks["beyond"] = beyond_block(results / "beyond") or absent(results / "beyond", "beyond")
+    for name in NOT_TAKEN:
+        blocks[name] = not_taken_block(results / name) or absent(results / name, name)
     blocks["trainings"] = trainings_block(results) or absent(results / "headline" / "training", "headline")
     runs = {file.parent.name: read_compare(file) for file in sorted(results.glob("ablations/*/compare.csv"))}
     blocks["ablations"] = ablations_block(runs) if runs else absent(results / "ablations", "ablations")
@@ -177,8 +182,8 @@ def beyond_block(folder: Path) -> str:
     return "\n\n".join([about, tables.markdown_table(header, lines), notes])
 
 
-def more_kl_block(folder: Path) -> str:
-    """Goals, needles, other lengths and tasks of the recipe that was not taken; nothing where a file lacks."""
+def not_taken_block(folder: Path) -> str:
+    """Goals, needles, other lengths and tasks of a recipe; nothing where a file lacks."""
     headline, further = folder / "compare.csv", beyond_block(folder / "beyond")
     if not headline.is_file() or not further:
         return ""

@@ -12,7 +12,7 @@ from sparsekv.errors import UserError
 from tests.comparison import Comparison
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = ("goals", "headline", "beyond", "more-kl", "trainings", "ablations")
+BLOCKS = ("goals", "headline", "beyond", "more-kl", "three-kl", "trainings", "ablations")
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def write_training(folder: Path, **changes: object) -> None:
 
 def test_what_is_absent_is_said_with_its_command(tmp_path: Path, document: Path) -> None:
     main(tmp_path / "results", document)
-    experiments = ("headline", "headline", "beyond", "more-kl", "headline", "ablations")
+    experiments = ("headline", "headline", "beyond", "more-kl", "three-kl", "headline", "ablations")
     for name, experiment in zip(BLOCKS, experiments, strict=True):
         assert "is not there yet" in block(document, name)
         assert block(document, name).endswith(f"\n\n    {COMMANDS[experiment]}")
@@ -133,13 +133,14 @@ def test_other_lengths_and_tasks(tmp_path: Path, document: Path) -> None:
     assert lines[2][3:] == ["50.0 → 60.0 → 60.0", "10.0 → 15.0 → 30.0", "20.0% → 25.0% → 50.0%", "▲ 0 ▼ 1 = 0"]
 
 
-def test_the_recipe_that_was_not_taken_has_the_same_tables(tmp_path: Path, document: Path) -> None:
-    for name, evicted in (("headline", 60), ("more-kl", 70)):
+@pytest.mark.parametrize("recipe", ["more-kl", "three-kl"])
+def test_a_recipe_that_was_not_taken_has_the_same_tables(tmp_path: Path, document: Path, recipe: str) -> None:
+    for name, evicted in (("headline", 60), (recipe, 70)):
         comparison(evicted).write(tmp_path / "results" / name)
-    for name in ("beyond", "more-kl/beyond"):
+    for name in ("beyond", f"{recipe}/beyond"):
         comparison(50).write(tmp_path / "results" / name / "lengths")
     main(tmp_path / "results", document)
-    goals, needles, beyond = block(document, "more-kl").split("\n\ntiny;")
+    goals, needles, beyond = block(document, recipe).split("\n\ntiny;")
     assert "→ 0.611" in goals
     assert "20.0 → 30.0 → 70.0 ▲" in needles
     assert "→ 0.556" in block(document, "goals")
