@@ -67,6 +67,7 @@ list() { # FOLDER KIND: its three runs as `sparsekv compare` takes them
 find_gpus
 mkdir -p out/headline
 PROCESSES=${PROCESSES:-4}
+number PROCESSES "$PROCESSES"
 export PROCESSES share presses ratios
 export -f train evaluations needles evaluate
 make_texts

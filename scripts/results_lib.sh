@@ -13,6 +13,12 @@ find_gpus() {
     exit 2
 }
 
+number() { # NAME VALUE: of a variable
+    [[ $2 =~ ^[1-9][0-9]*$ ]] && return
+    echo "scripts/${0##*/}: $1=$2: a number of 1 or more is needed" >&2
+    exit 2
+}
+
 use_gpu() { # NUMBER: that of $GPUS, round and round
     local gpus
     IFS=, read -ra gpus <<< "$GPUS"
@@ -22,10 +28,7 @@ use_gpu() { # NUMBER: that of $GPUS, round and round
 # Lines of standard input to `one`, RUNS on each of $GPUS at a time; fails if one of them does.
 each_on_a_gpu() { # RUNS
     local gpus
-    [[ $1 =~ ^[1-9][0-9]*$ ]] || {
-        echo "scripts/${0##*/}: RUNS=$1: a number of 1 or more is needed" >&2
-        exit 2
-    }
+    number RUNS "$1"
     IFS=, read -ra gpus <<< "$GPUS"
     export GPUS
     export -f one use_gpu

@@ -88,6 +88,7 @@ find_gpus
 mkdir -p "out/$kind/log"
 make_texts
 PROCESSES=${PROCESSES:-1}
+number PROCESSES "$PROCESSES"
 export -f train evaluations needles evaluate
 export PROCESSES kind steps seed text rows tasks longer presses ratios
 each_on_a_gpu "${RUNS:-4}" <<< "$list" || failed=1

@@ -29,7 +29,8 @@ COMMANDS = {  # experiment → what makes its compare.csv
     "--output results/headline",
     "beyond": "sparsekv compare out/WHAT/base out/WHAT/control-0 out/WHAT/trained-0 --output results/beyond/WHAT",
     **{
-        name: f"git worktree add ../{name} {commit} && cd ../{name} && scripts/headline.sh"
+        name: f"git worktree add ../{name} {commit} && cd ../{name} && PYTHONPATH=$PWD scripts/headline.sh"
+        f"   # then copy: results/{name}/README.md"
         for name, commit in NOT_TAKEN.items()
     },
     "ablations": "scripts/short_runs.sh ablations",

@@ -240,12 +240,13 @@ def test_which_gpus_there_are(project, environment, gpus):
 
 
 @pytest.mark.parametrize("script", [("headline.sh",), ("short_runs.sh", "pilots")])
-@pytest.mark.parametrize("runs", ["0", "all"])
-def test_so_many_at_a_time_is_a_number(project, script, runs):
-    ended, calls = run(project, *script, GPUS="0", RUNS=runs)
+@pytest.mark.parametrize("variable", ["RUNS", "PROCESSES"])
+@pytest.mark.parametrize("value", ["0", "all"])
+def test_so_many_at_a_time_is_a_number(project, script, variable, value):
+    ended, calls = run(project, *script, GPUS="0", **{variable: value})
     assert (ended.returncode, ended.stderr) == (
         2,
-        f"scripts/{script[0]}: RUNS={runs}: a number of 1 or more is needed\n",
+        f"scripts/{script[0]}: {variable}={value}: a number of 1 or more is needed\n",
     )
     assert not [call for call in calls if " train " in call or " eval " in call]
 
