@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from sparsekv.errors import UserError, require
+
+logger = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")  # files that training text is read from
 
@@ -40,6 +43,14 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def keep_in_cache(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; a cache that cannot be written costs time, not the run."""
+    try:
+        write_bytes(path, content)
+    except OSError as error:
+        logger.debug("not cached in %s: %s", path, error)
 
 
 def readable(path: Path) -> None:

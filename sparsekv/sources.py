@@ -1,11 +1,14 @@
 """Where documents come from: files, a Hub dataset, or the text that Python itself carries."""
 
 import ast
+import functools
+import hashlib
 import importlib
 import json
 import os
 import random
 import re
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -17,10 +20,11 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi, constants
 
 from sparsekv.errors import UserError
-from sparsekv.files import TEXT_SUFFIXES
+from sparsekv.files import TEXT_SUFFIXES, cache_folder, keep_in_cache
 
 PYDOC = "pydoc"
 SHUFFLE_BUFFER = 256  # documents held in memory to shuffle a stream
+_DOCSTRINGS_VERSION = 1  # one more whenever `_docstrings` finds something else in the same file
 _UNDOCUMENTED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "lib2to3", "turtledemo"}
 
 
@@ -143,13 +147,37 @@ def _library_files() -> list[str]:
 
 def _read_pydoc(parts: list[str]) -> Iterator[dict[str, str]]:
     """Topics of the language reference, by name, and the docstrings of library files, by path."""
-    root = sysconfig.get_path("stdlib")
     for part in parts:
         if part.endswith(".py"):
-            module = ".".join(Path(part).relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-            yield {"text": _docstrings(Path(part), module)}
+            yield {"text": _library_docstrings()[part]}
         else:
             yield {"text": importlib.import_module("pydoc_data.topics").topics[part]}
+
+
+@functools.cache
+def _library_docstrings() -> dict[str, str]:
+    """The docstrings of every library file, by path, from the disk cache when these files were seen before.
+
+    Parsing them takes seconds, in each process that makes a benchmark's rows.
+    """
+    files = _library_files()
+    seen = [(file, stat.st_size, stat.st_mtime_ns) for file in files for stat in [os.stat(file)]]
+    key = hashlib.sha256(repr((_DOCSTRINGS_VERSION, sys.version, seen)).encode()).hexdigest()
+    path = cache_folder() / "pydoc" / f"{key}.json"
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if list(found) == files:
+            return found
+    except (OSError, ValueError):  # not there, or damaged
+        pass
+    found = {file: _docstrings(Path(file), _module_name(file)) for file in files}
+    keep_in_cache(path, json.dumps(found).encode())
+    return found
+
+
+def _module_name(file: str) -> str:
+    path = Path(file).relative_to(sysconfig.get_path("stdlib")).with_suffix("")
+    return ".".join(path.parts).removesuffix(".__init__")
 
 
 def _docstrings(file: Path, module: str) -> str:

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
-import os
-import tempfile
 import unicodedata
 from collections.abc import Collection, Iterator
 from operator import itemgetter
@@ -22,13 +19,11 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from sparsekv.files import cache_folder
+from sparsekv.files import cache_folder, keep_in_cache
 from sparsekv.token_classes import TokenClass
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 _RULES_VERSION = 1  # part of the cache key: raise it when a rule or word list below changes
 
@@ -88,7 +83,7 @@ def classify_vocabulary(
     classes = _read_cache(path, size)
     if classes is None:
         classes = _classify(tokenizer, vocab, size, special, extra_punctuation)
-        _write_cache(path, classes)
+        keep_in_cache(path, safetensors.torch.save({"classes": classes}))
     return classes
 
 
@@ -177,18 +172,3 @@ def _read_cache(path: Path, size: int) -> torch.Tensor | None:
         return None
     valid = classes.dtype == torch.uint8 and classes.shape == (size,) and bool((classes <= max(TokenClass)).all())
     return classes if valid else None
-
-
-def _write_cache(path: Path, classes: torch.Tensor) -> None:
-    """Write whole or not at all; a cache that cannot be written costs time, not the run."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(safetensors.torch.save({"classes": classes}))
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        logger.debug("token classes not cached in %s: %s", path, error)

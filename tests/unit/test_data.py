@@ -1,5 +1,6 @@
 import itertools
 import json
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -238,6 +239,36 @@ def test_pydoc_reads_reference_and_docstrings_without_importing(tokenizer):
     assert not any("site-packages" in file or "/test/" in file for file in files)
     train, validation, _ = build_datasets("pydoc", tokenizer, 256, 20, 3, 0)
     assert (len(train), len(validation)) == (20, 3)
+
+
+def test_docstrings_are_parsed_once(tmp_path, monkeypatch):
+    library, read = tmp_path / "library", []
+    (library / "pack").mkdir(parents=True)
+    (library / "pack" / "__init__.py").write_text('"""Of a pack."""')
+    (library / "lone.py").write_text('def f():\n    """Alone."""')
+    monkeypatch.setenv("SPARSEKV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda _: str(library))
+    parse = sources._docstrings
+    monkeypatch.setattr(sources, "_docstrings", lambda file, module: read.append(module) or parse(file, module))
+
+    def found():
+        sources._library_docstrings.cache_clear()  # as a new process
+        return {Path(file).name: text for file, text in sources._library_docstrings().items()}
+
+    wanted = {"lone.py": "lone.f\n\nAlone.", "__init__.py": "pack\n\nOf a pack."}
+    try:
+        assert found() == found() == wanted
+        assert read == ["lone", "pack"]
+        (kept,) = (tmp_path / "cache" / "pydoc").iterdir()
+        kept.write_text('{"damaged')
+        assert found() == wanted
+        (library / "lone.py").write_text('def f():\n    """Another, longer."""')
+        assert found()["lone.py"] == "lone.f\n\nAnother, longer."
+        assert read == ["lone", "pack"] * 3
+        monkeypatch.setenv("SPARSEKV_CACHE", str(kept / "no folder"))
+        assert found()["__init__.py"] == wanted["__init__.py"]  # a cache that cannot be written costs time alone
+    finally:
+        sources._library_docstrings.cache_clear()
 
 
 def test_a_file_that_is_no_python_has_no_docstrings(tmp_path):

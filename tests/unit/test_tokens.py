@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from sparsekv import tokens
+from sparsekv import files, tokens
 from sparsekv.tokens import TokenClass, classify_text, classify_vocabulary
 
 MULTIBYTE_PUNCTUATION = "“”‘’…—。，《》"
@@ -283,7 +283,7 @@ def test_a_write_that_fails_leaves_nothing_and_hurts_nothing(cache_folder, monke
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(tokens.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     assert (classify_vocabulary(byte_level()) == TokenClass.PUNCTUATION).any()
     assert list(cache_folder.iterdir()) == []
 
