@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
@@ -55,9 +56,13 @@ def keep_in_cache(path: Path, content: bytes) -> None:
 
 def readable(path: Path) -> None:
     """Give a file that was made private the mode that the user's umask gives to new files."""
+    path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    return mask
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -90,16 +95,40 @@ def new_folder(folder: Path, flag: str = "--output_dir") -> Iterator[Path]:
     """
     check_new(folder, flag)
     folder = folder.absolute()
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    with writing(folder, flag):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.partial-"))  # of nobody else
     try:
         with writing(folder, flag):
-            partial.mkdir(parents=True)
+            partial.chmod(0o777 & ~_umask())
             yield partial
             for file in filter(Path.is_file, partial.rglob("*")):
                 readable(file)  # some writers of weights make theirs private
             os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held(lock: Path, busy: str) -> Iterator[None]:
+    """Inside, no other process holds this lock; the system takes it from one that is killed.
+
+    Raises
+    ------
+    UserError
+        `busy`, where another process holds it; or the file cannot be locked.
+    """
+    held_lock = FileLock(lock)
+    try:
+        held_lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(busy) from error
+    except (OSError, NotImplementedError) as error:
+        raise UserError(f"{lock}: cannot be locked ({getattr(error, 'strerror', None) or error})") from error
+    try:
+        yield
+    finally:
+        held_lock.release()
 
 
 def check_new(folder: Path, flag: str = "--output_dir") -> None:

@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
-from filelock import FileLock, Timeout
 
 from sparsekv.errors import UserError
-from sparsekv.files import check_writable, write_json, writing
+from sparsekv.files import check_writable, held, write_json, writing
 
 SLURM, LOCAL = "slurm", "local"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -122,14 +121,5 @@ class Book:
         check_writable(self.logs, "logs")
         with writing(self.logs, "logs"):
             self.logs.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".jobs.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(f"{self.folder}: another sparsekv submit is at work on it") from error
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be locked ({error.strerror})") from error
-        try:
+        with held(self.folder / ".jobs.lock", f"{self.folder}: another sparsekv submit is at work on it"):
             yield
-        finally:
-            lock.release()

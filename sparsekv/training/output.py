@@ -12,7 +12,8 @@ from typing import Any
 from accelerate.utils.constants import FSDP_MODEL_NAME
 
 from sparsekv.errors import UserError
-from sparsekv.files import check_writable, readable, write_json, write_text, writing
+from sparsekv.files import check_writable, held, readable, write_json, write_text, writing
+from sparsekv.training.checkpoints import newest_checkpoint
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import SCHEDULER_STATE, STAGING, EITTrainer
 from sparsekv.training.model_card import model_card
@@ -23,8 +24,8 @@ from sparsekv.version import commit, versions
 def usable_checkpoint(out: Path, config: TrainConfig, processes: int = 1) -> Path | None:
     """The checkpoint to resume from, if any; raise UserError when the folder cannot be used. Writes nothing."""
     check_writable(out, "--output_dir")
-    if not out.exists() or not any(out.iterdir()):
-        return None
+    if not out.exists() or all(path.name.startswith(".") for path in out.iterdir()):
+        return None  # a kill at the very first write leaves a file with a dot
     if not config.resume:
         raise UserError(f"--output_dir {out}: is not empty; give --resume to continue its run, or another folder")
     return _find_checkpoint(out, config, processes)
@@ -33,7 +34,7 @@ def usable_checkpoint(out: Path, config: TrainConfig, processes: int = 1) -> Pat
 def _find_checkpoint(out: Path, config: TrainConfig, processes: int) -> Path | None:
     if not (out / RUN_CONFIG).is_file():
         raise UserError(f"--resume: {out} holds no run (no {RUN_CONFIG}); give the folder of one, or a new folder")
-    record = json.loads((out / RUN_CONFIG).read_text(encoding="utf-8"))
+    record = _read_record(out)
     changed = changed_steps(record, config, processes)
     before, now = rows_of_a_step(record, processes), config.batch_size * config.grad_accum * processes
     if before != now and not changed:
@@ -44,19 +45,27 @@ def _find_checkpoint(out: Path, config: TrainConfig, processes: int) -> Path | N
     if changed:
         differences = ", ".join(f"--{name} {now!r} (was {before!r})" for name, (before, now) in changed.items())
         raise UserError(f"--resume: {out} was trained with other options: {differences}")
-    numbered = [(int(p.name.rpartition("-")[2]), p) for p in out.glob("checkpoint-*") if p.name[11:].isdigit()]
-    return max(numbered)[1] if numbered else None
+    return newest_checkpoint(out)
+
+
+def _read_record(out: Path) -> dict[str, Any]:
+    file = out / RUN_CONFIG
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(record["config"], dict) and isinstance(record["data_fingerprint"], str):
+            return record
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    raise UserError(f"--resume: {file}: is no record of a training; begin in another --output_dir")
 
 
 def check_same_data(out: Path, fingerprint: str) -> None:
     """Raise UserError when the run in `out` was trained on other rows: the files of `--data` have changed since."""
-    if (out / RUN_CONFIG).is_file():
-        before = json.loads((out / RUN_CONFIG).read_text(encoding="utf-8"))["data_fingerprint"]
-        if before != fingerprint:
-            raise UserError(
-                f"--resume: {out} was trained on other rows; what --data reads, or the version of sparsekv that makes "
-                "rows of it, has changed since: begin in another --output_dir"
-            )
+    if (out / RUN_CONFIG).is_file() and _read_record(out)["data_fingerprint"] != fingerprint:
+        raise UserError(
+            f"--resume: {out} was trained on other rows; what --data reads, or the version of sparsekv that makes "
+            "rows of it, has changed since: begin in another --output_dir"
+        )
 
 
 def check_same_division(checkpoint: Path | None, divided: bool) -> None:
@@ -68,10 +77,22 @@ def check_same_division(checkpoint: Path | None, divided: bool) -> None:
         )
 
 
-def prepare_output_dir(out: Path, record: dict[str, Any]) -> None:
-    """Make the folder, clear what a killed run left half-written, and record the run."""
+@contextlib.contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Make the folder; inside, no other training writes there. Raises UserError where one does."""
+    lock = out / ".lock"
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
+    with held(lock, f"--output_dir {out}: another sparsekv train is at work in it; wait, or give another folder"):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def prepare_output_dir(out: Path, record: dict[str, Any]) -> None:
+    """Clear what a killed run left half-written, and record the run."""
+    with writing(out):
         shutil.rmtree(out / STAGING, ignore_errors=True)
         write_json(out / RUN_CONFIG, record)
 

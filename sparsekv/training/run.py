@@ -1,6 +1,7 @@
 """From a TrainConfig to an adapter on disk."""
 
 import atexit
+import contextlib
 import gc
 import logging
 import time
@@ -28,6 +29,7 @@ from sparsekv.training.flash_kernels import active, use_newest_for
 from sparsekv.training.float8 import use_float8
 from sparsekv.training.kv_dropout import KVDropoutContext, attention_modules
 from sparsekv.training.output import (
+    alone_in,
     check_same_data,
     check_same_division,
     prepare_output_dir,
@@ -38,7 +40,7 @@ from sparsekv.training.output import (
 )
 from sparsekv.training.peers import others_alive
 from sparsekv.training.plan import EvictionPlan
-from sparsekv.training.record import FINAL
+from sparsekv.training.record import FINAL, RUN_CONFIG
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ def train(config: TrainConfig) -> Path | None:
     args = training_arguments(config)
     checkpoint = usable_checkpoint(out, config, args.world_size)
     args.distributed_state.wait_for_everyone()  # no process writes before every one has looked
-    if (out / FINAL).is_dir():
+    if (out / FINAL / RUN_CONFIG).is_file():
         return out / FINAL  # resumed, and nothing is left to do
     args.eval_on_start = checkpoint is None
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
@@ -86,10 +88,11 @@ def train(config: TrainConfig) -> Path | None:
         use_newest_for(trainer.base)
         _check_architecture(trainer, config, rows[0])
         record |= _speed_up(trainer, teacher, config)
-        if args.should_save:
-            prepare_output_dir(out, record)
-    args.distributed_state.wait_for_everyone()
-    final = _run(trainer, out, record, checkpoint)
+        with alone_in(out) if args.should_save else contextlib.nullcontext():
+            if args.should_save:
+                prepare_output_dir(out, record)
+            args.distributed_state.wait_for_everyone()
+            final = _run(trainer, out, record, checkpoint)
     if args.world_size > 1:
         atexit.register(_leave_group, args.distributed_state)
     return final

@@ -367,3 +367,57 @@ def test_resuming_nothing_begins(options, tmp_path):
     """A job script may always say --resume."""
     with contextlib.redirect_stdout(io.StringIO()):
         assert train(train_config(options, tmp_path / "out", resume=True, max_steps=1)) == tmp_path / "out" / "final"
+
+
+DAMAGES = {  # file of a checkpoint → what has become of it
+    "trainer_state.json": "cut",
+    "scheduler_state.json": "gone",
+    "optimizer.pt": "gone",
+    "scheduler.pt": "cut",
+    "rng_state.pth": "gone",
+    "adapter_model.safetensors": "cut",
+}
+
+
+@pytest.mark.parametrize(("name", "damage"), [*DAMAGES.items(), ("optimizer.pt", "cut")])
+def test_a_checkpoint_that_is_not_whole_is_named(options, uninterrupted, half, name, damage):
+    """Without the optimizer's state transformers would go on, as another run."""
+    file = half / f"checkpoint-{STEPS}" / name
+    whole = file.read_bytes()
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(whole[: len(whole) // 2])
+    before = contents(half)
+    with pytest.raises(UserError, match=rf"^--resume: {file.parent}: .*missing or damaged; delete this folder"):
+        train(train_config(options, half, resume=True))
+    assert contents(half) == before
+    shutil.rmtree(file.parent)
+    (half / "checkpoint-99").write_text("no folder")
+    train(train_config(options, half, resume=True))
+    assert_same_run(uninterrupted, half)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"config": {', '{"config": 1}', '{"config": {}}'])
+def test_a_record_that_is_none_is_named(options, half, text):
+    (half / "eit_config.json").write_text(text)
+    with pytest.raises(UserError, match=f"^--resume: {half / 'eit_config.json'}: is no record"):
+        train(train_config(options, half, resume=True))
+
+
+def test_a_kill_at_the_very_first_write(options, tmp_path):
+    (tmp_path / ".eit_config.json.abc123").write_text("{")
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert train(train_config(options, tmp_path, resume=True, max_steps=1)) == tmp_path / "final"
+
+
+def test_two_at_once_in_one_folder(options, tmp_path, monkeypatch):
+    out, refused = tmp_path / "out", []
+
+    def another():
+        with pytest.raises(UserError, match=f"^--output_dir {out}: another sparsekv train is at work") as error:
+            train(train_config(options, out, resume=True, max_steps=3))
+        refused.append(error)
+
+    train_with(At(2, another), train_config(options, out, max_steps=3), monkeypatch)
+    assert len(refused) == 1
+    assert [line["step"] for line in metrics(out) if "loss" in line] == [1, 2, 3]
