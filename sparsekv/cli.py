@@ -12,9 +12,9 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pkgutil import resolve_name
-from typing import Any, cast, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 from sparsekv.cluster.config import CLUSTER, PIPELINE
 from sparsekv.commands import COMMANDS
@@ -148,9 +148,17 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
             check_anchors(value)
     with reading("--config"):
         options = parser.parse_args(words)
+    refuse_nulls(words, options[options.command])
     values = parser.instantiate(options)[options.command].as_dict()
     values.pop("config", None)
     return options.command, values
+
+
+def refuse_nulls(arguments: Sequence[str], options: Namespace) -> None:
+    """Raise UserError for an option that a file calls null and that needs a value: jsonargparse lets it through."""
+    for flag, kind in known_flags(arguments):
+        if type(None) not in get_args(kind) and options.get(flag[2:], ...) is None:
+            raise UserError(f"{flag} null: give a value, or leave it out")
 
 
 POSITIONALS = ("folders", "results", "target")

@@ -181,8 +181,8 @@ class _Loader:
         total = sum(len(tokens) for side in sides.values() for tokens in side)
         rows = "one row" if total < self.max_seq_len else "a training and a validation row"
         raise UserError(
-            f"--data {name} holds {total} tokens, fewer than {rows} of --max_seq_len {self.max_seq_len}: "
-            "give more text or shorter rows"
+            f"--data {name} holds {total} tokens, which do not make {rows} of --max_seq_len {self.max_seq_len}: "
+            "give more text, text that repeats itself less, or shorter rows"
         )
 
     def _tokenize(self, documents: Iterable[str], need: dict[bool, int], share: float) -> Sides:

@@ -13,6 +13,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -86,11 +87,20 @@ def _read_jsonl(file: str) -> Iterator[str]:
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"--data {file}, line {number}: it is not JSON ({error.msg})") from error
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise UserError(f'--data {file}, line {number}: it has no "text" field that holds a string')
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", None) or error
+                raise UserError(f"--data {file}, line {number}: it is not JSON ({reason})") from error
+            if not isinstance(record, dict) or not is_text(record.get("text")):
+                raise UserError(f'--data {file}, line {number}: it has no "text" field that holds Unicode text')
             yield record["text"]
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a string that UTF-8 can write: JSON can also spell lone halves of surrogate pairs."""
+    try:
+        return isinstance(value, str) and bool(value.encode("utf-8") or True)
+    except UnicodeEncodeError:
+        return False
 
 
 def _read_parquet(file: str) -> Iterator[str]:

@@ -616,6 +616,20 @@ def test_merge(options, tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("train", "max_steps"), ("train", "anchors"), ("train", "anchors.sink_size"), ("eval", "temperature")],
+)
+def test_null_is_no_value(options, tmp_path, capsys, command, name):
+    *groups, last = name.split(".")
+    text = last + ": null\n"
+    for group in reversed(groups):
+        text = f"{group}: {{{text.strip()}}}\n"
+    (tmp_path / "options.yaml").write_text(f"model: {options['model']}\n{text}")
+    line = failure(capsys, command, "--config", str(tmp_path / "options.yaml"))
+    assert line == f"sparsekv: --{name} null: give a value, or leave it out"
+
+
 # ---- as a process ----
 
 

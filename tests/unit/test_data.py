@@ -285,12 +285,15 @@ BAD_FILES = {
     "fields.jsonl": (b'{"text": "a"}\n\n{"body": "b"}\n', 'fields.jsonl, line 3: it has no "text"'),
     "number.jsonl": (b'{"text": 3}\n', 'number.jsonl, line 1: it has no "text"'),
     "broken.jsonl": (b'{"text": "a"}\n{"text"\n', "broken.jsonl, line 2: it is not JSON"),
+    "half.jsonl": (b'{"text": "a \\ud800 b"}\n', 'half.jsonl, line 1: it has no "text" field that holds Unicode text'),
+    "digits.jsonl": (b'{"text": ' + b"1" * 5000 + b"}\n", "digits.jsonl, line 1: it is not JSON"),
+    "deep.jsonl": (b"[" * 100_000 + b"\n", "deep.jsonl, line 1: it is not JSON"),
     "no.parquet": (b"hello", "no.parquet: it is not a parquet file"),
     "kind.csv": (b"a,b", "kind.csv: its kind is not known"),
-    "short.txt": (b"hi", "short.txt holds 3 tokens, fewer than one row of --max_seq_len 32"),
+    "short.txt": (b"hi", "short.txt holds 3 tokens, which do not make one row of --max_seq_len 32"),
     "barely.txt": (
         b"x" * 40,
-        "barely.txt holds 41 tokens, fewer than a training and a validation row of --max_seq_len 32",
+        "barely.txt holds 41 tokens, which do not make a training and a validation row of --max_seq_len 32",
     ),
 }
 
