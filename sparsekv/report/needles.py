@@ -28,15 +28,20 @@ def read_needles(run: EvaluatedRun, file: Path) -> pd.DataFrame:
     Raises
     ------
     UserError
-        The file is corrupt, or of other rows than the cells.
+        The file is corrupt, cannot be read, or is of other rows than the cells.
     """
     again = f"delete {file} and run the same `sparsekv eval` again"
+    text = dict.fromkeys(("benchmark", "data_dir", "model", ROWS, "task", "answer"), str)
+    numbers = {"row": int, "depth": float, "anchor_distance": float}
     try:
-        text = dict.fromkeys(("benchmark", "data_dir", "model", ROWS, "task", "answer"), str)
         needles = pd.read_csv(file, dtype=text, keep_default_na=False, na_values={"anchor_distance": [""]})
-        needles = needles.astype({"row": int, "depth": float, "anchor_distance": float})
+        if missing := [name for name in (*text, *numbers) if name not in needles]:
+            raise ValueError(f"no column {', '.join(missing)}")
+        needles = needles.astype(numbers)
         benchmark, data_dir, model, made_from = needles.iloc[0][["benchmark", "data_dir", "model", ROWS]]
-    except (ValueError, KeyError, IndexError) as error:
+    except OSError as error:
+        raise UserError(f"{file}: it cannot be read ({error.strerror or error})") from error
+    except (ValueError, IndexError) as error:
         raise UserError(f"{file}: corrupt ({' '.join(str(error).split())}); {again}") from error
     cells = run.results.cells
     cells = cells[(cells.benchmark == benchmark) & (cells.data_dir == data_dir) & (cells.reason == "")]

@@ -9,6 +9,7 @@ import pytest
 
 from sparsekv.errors import UserError
 from sparsekv.evaluation.benchmarks.registry import load_benchmark
+from sparsekv.evaluation.comparison.levels import ALL_TASKS
 
 ROW = {
     "context": "Bob lives in 北京.",
@@ -86,6 +87,7 @@ def without(column):
         ({**ROW, "question": None}, "question is None; it must be Unicode text"),
         ({**ROW, "question": "\udc00"}, r"question is '\\udc00'; it must be Unicode text"),
         ({**ROW, "task": " "}, "task is empty"),
+        ({**ROW, "task": ALL_TASKS}, "task is 'all tasks', which is the name of the average over tasks; give it an"),
         ({**ROW, "max_new_tokens": 0}, "max_new_tokens is 0; it must be a whole number above 0"),
         ({**ROW, "max_new_tokens": 10**20}, "max_new_tokens is 1000.*; it must be a whole number above 0 and at most"),
         ({**ROW, "max_new_tokens": True}, "max_new_tokens is True; it must be"),

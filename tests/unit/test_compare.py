@@ -371,6 +371,8 @@ def test_trainings_that_do_not_belong_together(tmp_path: Path) -> None:
     first, second, third = trained.split(",")
     with pytest.raises(UserError, match=rf"trained: {first} and {first} hold the same weights"):
         compare([base, ",".join([first, second, first])])
+    with pytest.raises(UserError, match=rf"^trained: {first} has an adapter and {base} has none; only trainings of"):
+        compare([base, ",".join([base, first])])
     write_cell(Path(third), "knorm", 0.5, {"vt": [1], "qa": [1]}, adapter="trained-2", adapter_fingerprint="trained-2")
     with pytest.raises(UserError, match=rf"knorm 0.5 has scores in {third}, but not in {first}"):
         compare([base, trained])
@@ -412,6 +414,14 @@ def test_corrupt_bounds_are_named(tmp_path: Path) -> None:
     write_seeds(tmp_path, "base", np.full((1, 2, 4), 5.0), adapter=False)
     write_bounds(tmp_path / "base-0", bound="many")
     with pytest.raises(UserError, match=r"bounds/x.csv: corrupt .*; delete .* run the same `sparsekv eval` again"):
+        load_results(tmp_path / "base-0")
+    file = tmp_path / "base-0" / "bounds" / "x.csv"
+    file.write_text("task,n\n")
+    with pytest.raises(UserError, match=r"corrupt \(no column benchmark, data_dir, model, .*, bound\); delete"):
+        load_results(tmp_path / "base-0")
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match=rf"^{file}: it cannot be read \(Is a directory\)$"):
         load_results(tmp_path / "base-0")
 
 

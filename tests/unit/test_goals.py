@@ -118,6 +118,14 @@ def test_a_cell_that_a_run_lacks_does_not_count(tmp_path: Path) -> None:
     assert (measured(tmp_path, made)["worse"].value, measured(tmp_path, made)["worse"].n) == (0, 2)
 
 
+def test_tasks_may_be_called_as_missing_values_are(tmp_path: Path) -> None:
+    made = Comparison()
+    made.needles("no_press", 0.0, (80, 80, 80), "no difference", tasks=("NA", "null"))
+    table = made.read(tmp_path)
+    assert set(table.task) == {"NA", "null", "all tasks"}
+    assert table[table.run == "base"].diff_control.isna().all()  # no number is still none
+
+
 def test_what_is_no_comparison(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no compare\.csv"):
         read_compare(tmp_path / "compare.csv")
@@ -128,6 +136,8 @@ def test_what_is_no_comparison(tmp_path: Path) -> None:
         changed.to_csv(tmp_path / "compare.csv", index=False)
         with pytest.raises(UserError, match=f"lacks {said}; compare base, control and trained"):
             read_compare(tmp_path / "compare.csv")
-    (tmp_path / "compare.csv").write_text("")
-    with pytest.raises(UserError, match=r"no compare\.csv"):
-        read_compare(tmp_path / "compare.csv")
+    for text in ("", "a\n1,2\n1,2,3\n"):
+        (tmp_path / "compare.csv").write_text(text)
+        with pytest.raises(UserError, match=r"no compare\.csv") as error:
+            read_compare(tmp_path / "compare.csv")
+        assert "\n" not in str(error.value)

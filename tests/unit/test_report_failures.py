@@ -116,7 +116,7 @@ def test_text_of_cells_is_escaped(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace("depth", "deep"), "corrupt"),
+        (lambda text: text.replace("depth", "deep"), r"corrupt \(no column depth\)"),
         (lambda text: text.splitlines()[0], "corrupt"),
         (lambda text: "", "corrupt"),
         (lambda text: text.replace("0.05", '"much"'), "corrupt"),

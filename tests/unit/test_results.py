@@ -35,6 +35,13 @@ def test_headline_is_the_first_metric_that_a_task_has(tmp_path: Path) -> None:
     assert len(table) == 3
 
 
+@pytest.mark.parametrize("task", ["NA", "nan", "null", "None", "", "007"])
+def test_a_task_may_be_called_as_missing_values_are(tmp_path: Path, task: str) -> None:
+    write_cell(tmp_path, "no_press", 0.0, {task: [{"a": 1}], "qa": [{"b": 2}]}, metrics=("a", "b"))
+    scores = load_results(tmp_path).scores
+    assert dict(zip(scores.task, scores.score, strict=True)) == {task: 1, "qa": 2}  # no score where there is none
+
+
 def test_cells_without_scores_say_why(cell: Path) -> None:
     out = cell.parent
     for press, leave in (("kvzip", None), ("duo", "reason")):
@@ -90,6 +97,14 @@ def test_corrupt_cell_is_named(cell: Path, file: str, text: str, reason: str) ->
         load_results(cell.parent)
     assert str(cell / file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["predictions.csv", "profile.json", "config.yaml"])
+def test_a_folder_in_the_place_of_a_file_is_named(cell: Path, file: str) -> None:
+    (cell / file).unlink()
+    (cell / file).mkdir()
+    with pytest.raises(UserError, match=rf"^{cell / file}: it cannot be read \(Is a directory\)$"):
+        load_results(cell.parent)
 
 
 def test_cell_without_configuration_is_corrupt(cell: Path) -> None:

@@ -12,8 +12,10 @@ from sparsekv.errors import UserError
 from sparsekv.evaluation.benchmarks.schema import COLUMNS
 from sparsekv.evaluation.benchmarks.scoring.by_column import METRICS
 from sparsekv.evaluation.benchmarks.scoring.string_match import clean
+from sparsekv.sources import is_text
 
 SUFFIXES = (".jsonl", ".parquet")
+AVERAGE = "all tasks"  # what the comparison calls the average over tasks
 LONGEST_ANSWER = 2**20  # tokens: no model has more positions to spare
 
 
@@ -89,25 +91,19 @@ def _wrong(row: Mapping[str, Any]) -> str | None:
     """What is wrong with the values of a row; texts may be empty only where there is nothing to say."""
     for column in ("context", "question", "answer_prefix", "task"):
         value = row[column]
-        if not _is_text(value):
+        if not is_text(value):
             return f"{column} is {_short(value)}; it must be Unicode text"
         if not value.strip() and column in ("context", "task"):
             return f"{column} is empty"
+    if row["task"] == AVERAGE:
+        return f"task is {AVERAGE!r}, which is the name of the average over tasks; give it another"
     accepted = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    if not accepted or not all(_is_text(answer) and clean(answer) for answer in accepted):
+    if not accepted or not all(is_text(answer) and clean(answer) for answer in accepted):
         return f"answer is {_short(row['answer'])}; it must be a text or a list of texts, none of them empty"
     tokens = row["max_new_tokens"]
     if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= LONGEST_ANSWER:
         return f"max_new_tokens is {_short(tokens)}; it must be a whole number above 0 and at most {LONGEST_ANSWER}"
     return None
-
-
-def _is_text(value: Any) -> bool:
-    """Whether it is a string that UTF-8 can write: JSON can also spell lone halves of surrogate pairs."""
-    try:
-        return isinstance(value, str) and bool(value.encode("utf-8") or True)
-    except UnicodeEncodeError:
-        return False
 
 
 def _short(value: Any) -> str:

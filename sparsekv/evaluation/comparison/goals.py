@@ -66,9 +66,10 @@ def read_compare(file: Path) -> pd.DataFrame:
         It is none, or lacks a role.
     """
     try:
-        table = pd.read_csv(file, dtype=dict.fromkeys(TEXT, str)).fillna(dict.fromkeys(TEXT, ""))
+        table = pd.read_csv(file, converters=dict.fromkeys(TEXT, str))  # a task may be called NA
     except (ValueError, OSError) as error:
-        raise UserError(f"{file}: no compare.csv ({error}); `sparsekv compare --output` writes it") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: no compare.csv ({reason}); `sparsekv compare --output` writes it") from error
     lacking = {"diff_control_min", "bound", "seeds"} - set(table) | set(ROLES) - set(table.get("run", ()))
     require(not lacking, f"{file}: lacks {', '.join(sorted(lacking))}; compare base, control and trained")
     return table

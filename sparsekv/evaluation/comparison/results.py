@@ -69,8 +69,8 @@ def load_results(folder: str | Path) -> Results:
     Raises
     ------
     UserError
-        There is no cell; a cell is corrupt (the message names its folder and what is wrong); two folders hold the same
-        cell; cells of one benchmark hold other rows.
+        There is no cell; a cell is corrupt or cannot be read (the message names its file and what is wrong); two
+        folders hold the same cell; cells of one benchmark hold other rows.
     """
     folder = Path(folder)
     found = _cell_folders(folder, "*") or _cell_folders(folder, "**/*")
@@ -137,6 +137,8 @@ def _load_cell(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     except FileNotFoundError:
         require(file.name != "config.yaml", f"{folder}: corrupt, it has no config.yaml; delete it and evaluate again")
         cell["reason"] = "not finished"
+    except OSError as error:
+        raise UserError(f"{file}: it cannot be read ({error.strerror or error})") from error
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         lines = str(error).splitlines() or [""]
         reason = f"lacks {lines[0]}" if isinstance(error, KeyError) else lines[0]
@@ -151,7 +153,9 @@ def _load_bounds(cells: pd.DataFrame) -> pd.DataFrame:
     for file in sorted({file for folder in cells.folder for file in folder.parent.glob(f"{BOUNDS}/*.csv")}):
         try:
             table = read_bounds(file)
-        except (ValueError, KeyError) as error:
+        except OSError as error:
+            raise UserError(f"{file}: it cannot be read ({error.strerror or error})") from error
+        except ValueError as error:
             again = f"delete {file} and run the same `sparsekv eval` again"
             raise UserError(f"{file}: corrupt ({' '.join(str(error).split())}); {again}") from error
         if set(table[["benchmark", "data_dir", ROWS]].itertuples(index=False, name=None)) <= rows:
@@ -160,9 +164,11 @@ def _load_bounds(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_bounds(file: Path) -> pd.DataFrame:
-    """One file of bounds; raises ValueError or KeyError where it is none."""
-    table = pd.read_csv(file, dtype=dict.fromkeys(BOUND_COLUMNS[:6], str), keep_default_na=False)[BOUND_COLUMNS]
-    return table.astype({"compression_ratio": float, "n": int, "bound": float})
+    """One file of bounds; raises ValueError where it is none."""
+    table = pd.read_csv(file, dtype=dict.fromkeys(BOUND_COLUMNS[:6], str), keep_default_na=False)
+    if missing := [name for name in BOUND_COLUMNS if name not in table]:
+        raise ValueError(f"no column {', '.join(missing)}")
+    return table[BOUND_COLUMNS].astype({"compression_ratio": float, "n": int, "bound": float})
 
 
 def _describe(config: dict[str, Any]) -> dict[str, Any]:
@@ -196,12 +202,12 @@ def _load_scores(file: Path) -> pd.DataFrame:
         Something is missing, double or not a number.
     """
     wanted = ["row", "generation", "task"]
-    table = pd.read_csv(file, usecols=lambda name: name in wanted or name.startswith(SCORE), dtype={"task": "string"})
+    names = {"task": str}  # as they are: a task may be called NA, which is a missing value elsewhere
+    table = pd.read_csv(file, usecols=lambda name: name in wanted or name.startswith(SCORE), converters=names)
     missing = [name for name in wanted if name not in table]
     metrics = [name for name in table if name.startswith(SCORE)]
     if missing or table.empty:
         raise ValueError(f"no column {', '.join(missing)}" if missing else "no row")
-    table["task"] = table.task.fillna("").astype(object)
     table[metrics] = table[metrics].astype(float)
     if metrics:
         _refuse(table, ~np.isfinite(table[metrics]).any(axis=1) | np.isinf(table[metrics]).any(axis=1), "has no score")

@@ -46,11 +46,12 @@ def pool(role: str, runs: Sequence[Results]) -> Results:
     Raises
     ------
     UserError
-        The same weights are there twice, or a cell has scores in some of them only.
+        A run with an adapter beside one without; the same weights twice; or a cell has scores in some of them only.
     """
     first, *others = runs
     if not others:
         return first
+    _check_adapters(role, runs)
     _check_weights(role, runs)
     for run in others:
         _check_cells(role, first, run)
@@ -61,6 +62,14 @@ def pool(role: str, runs: Sequence[Results]) -> Results:
         pd.concat([run.scores.assign(training=number) for number, run in enumerate(runs)], ignore_index=True),
         first.bounds,
     )
+
+
+def _check_adapters(role: str, runs: Sequence[Results]) -> None:
+    """An untrained model is no training beside adapters; models that were trained whole have none of them."""
+    adapted = {bool(run.cells.adapter.iloc[0]): run for run in runs}
+    if len(adapted) > 1:
+        have, lack = adapted[True].folder, adapted[False].folder
+        raise UserError(f"{role}: {have} has an adapter and {lack} has none; only trainings of one kind are seeds")
 
 
 def _check_weights(role: str, runs: Sequence[Results]) -> None:

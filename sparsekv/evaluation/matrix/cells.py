@@ -3,7 +3,7 @@
     config.yaml        what was asked; written first, and a cell that was asked otherwise is refused
     journal-*.jsonl    predictions as they come, until the cell is finished
     predictions.csv, metrics.json, profile.json    a finished cell, written in this order
-    unavailable.json   instead of these, why the press cannot run here
+    unavailable.json   instead of these, why the press cannot run here, or the model gives no numbers
 
 Whatever a second process could do at the same moment happens under the cell's lock.
 """
@@ -167,7 +167,7 @@ class CellFolder:
                 leftover.unlink(missing_ok=True)
 
     def give_up(self, reason: str) -> None:
-        """Say why the press cannot run here."""
+        """Say why the cell cannot be finished here."""
         with self.lock:
             if not self.finished:
                 write_json(self.path / UNAVAILABLE, {"reason": reason})

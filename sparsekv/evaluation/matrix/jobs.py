@@ -1,8 +1,9 @@
 """One benchmark on one model: which answers are missing, and in which portions they are worked on."""
 
 import itertools
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,11 @@ class Job:
         """Write down what a batch has given; `measured` goes with every answer."""
         answers: dict[Cell, list[dict[str, Any]]] = defaultdict(list)
         for item in batch:
-            if isinstance(item, Failure):
-                self.unavailable[item.cell] = item.reason
-                self.cells[item.cell].give_up(item.reason)
+            folder = self.cells[item.cell]
+            reason = item.reason if isinstance(item, Failure) else _not_finite(item, folder.config)
+            if reason is not None:
+                self.unavailable[item.cell] = reason
+                folder.give_up(reason)
             else:
                 record = {name: value for name, value in vars(item).items() if name != "cell"}
                 answers[item.cell].append(record | measured)
@@ -119,3 +122,13 @@ class Job:
             "cannot run here": len(self.unavailable),
         }
         return f"{len(self.cells)} cells: " + ", ".join(f"{count} {what}" for what, count in parts.items() if count)
+
+
+def _not_finite(answer: Answer, config: Mapping[str, Any]) -> str | None:
+    """Why a likelihood is no score: a model that has diverged gives no numbers."""
+    wrong = [f"{name} {value}" for name in ("nll", "kl") if not math.isfinite(value := getattr(answer, name) or 0.0)]
+    if not wrong:
+        return None
+    ours = config["sparsekv"]
+    who = f"adapter {ours['adapter']}" if ours["adapter"] else f"model {ours['model']}"
+    return f"the output of {who} is not finite: row {answer.row} has {wrong[0]}"
