@@ -3,8 +3,10 @@
 Whatever cannot be loaded ends in one line that names the flag; weights are read from safetensors only.
 """
 
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,12 +35,17 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from sparsekv.demo_model import DEMO_MODEL, demo_model_folder
-from sparsekv.errors import UserError
-from sparsekv.files import check_new, new_folder
+from sparsekv.errors import UserError, require
+from sparsekv.files import cache_folder, check_new, new_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's ways to spread a model
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+READ = {  # what each is made of
+    AutoConfig: "config.json",
+    AutoTokenizer: "config.json, tokenizer.json and tokenizer_config.json",
+    AutoModelForCausalLM: "config.json and generation_config.json",
+}
 
 
 def resolve_model(name: str) -> str:
@@ -60,7 +67,7 @@ def resolve_model(name: str) -> str:
     if folder.is_dir():
         if (folder / "config.json").is_file():
             return str(folder)
-        if (folder / "adapter_config.json").is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
             raise UserError(f"--model {name}: this folder holds an adapter; pass the base model it was trained from")
         raise UserError(f"--model {name}: this folder holds no model (no config.json)")
     try:
@@ -158,20 +165,55 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
     Raises
     ------
     UserError
-        No adapter there, or one that was trained on another base: every weight must find its place.
+        No adapter there, one that adds tokens instead of weights, or one that was trained on another base: every
+        weight must find its place.
     """
-    for file in ("adapter_config.json", ADAPTER_WEIGHTS):
-        if not (Path(adapter) / file).is_file():
-            raise UserError(f"--adapter {adapter}: this folder holds no adapter (no {file})")
+    saved = _check_adapter_files(Path(adapter))
+    unfit = f"--adapter {adapter}: does not fit {_as_typed(str(model.name_or_path))}"
     try:
-        with safe_open(Path(adapter) / ADAPTER_WEIGHTS, "pt") as file:
-            saved = set(file.keys())
         wrapped = PeftModel.from_pretrained(model, str(adapter))
-    except (RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"--adapter {adapter}: does not fit {model.name_or_path}: {_gist(error)}") from error
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{unfit}: {_gist(error)}") from error
+    except Exception as error:  # whatever peft may raise for an option of another type than it expects
+        raise UserError(f"--adapter {adapter}: {ADAPTER_CONFIG} cannot be used ({_named(error)})") from error
     if stray := saved ^ set(get_peft_model_state_dict(wrapped)):  # peft itself ignores both kinds
-        raise UserError(f"--adapter {adapter}: does not fit {model.name_or_path}: only one of them has {min(stray)}")
+        raise UserError(f"{unfit}: only one of them has {min(stray)}")
     return wrapped
+
+
+def load_merged(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
+    """`model` with the trained adapter in folder `adapter` merged into its weights.
+
+    Raises
+    ------
+    UserError
+        As `load_adapter`; or a kind of adapter whose weights depend on the text.
+    """
+    wrapped: Any = load_adapter(model, adapter)
+    try:
+        return wrapped.merge_and_unload()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--adapter {adapter}: cannot be merged into its base: {_gist(error)}") from error
+
+
+def _check_adapter_files(adapter: Path) -> set[str]:
+    """Names of the adapter's weights; raise UserError unless its files can be read, and are of a kind that merges."""
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        require((adapter / file).is_file(), f"--adapter {adapter}: this folder holds no adapter (no {file})")
+    try:
+        config = json.loads((adapter / ADAPTER_CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--adapter {adapter}: {ADAPTER_CONFIG} cannot be read ({_gist(error)})") from error
+    kind: Any = config.get("peft_type") if isinstance(config, dict) else None
+    known = kind in list(PEFT_TYPE_TO_TUNER_MAPPING)  # a list, for `kind` may be anything
+    require(known, f"--adapter {adapter}: {ADAPTER_CONFIG} has peft_type {kind}; it must be one of peft's, as LORA is")
+    merges = hasattr(PEFT_TYPE_TO_TUNER_MAPPING[kind], "merge_and_unload")
+    require(merges, f"--adapter {adapter}: adds tokens, not weights ({kind}); give one that can be merged, as LORA is")
+    try:
+        with safe_open(adapter / ADAPTER_WEIGHTS, "pt") as weights:
+            return set(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--adapter {adapter}: {ADAPTER_WEIGHTS} cannot be read ({_gist(error)})") from error
 
 
 def check_adapter(config: PreTrainedConfig, adapter: str | Path, trust_remote_code: bool = False) -> None:
@@ -182,7 +224,7 @@ def check_adapter(config: PreTrainedConfig, adapter: str | Path, trust_remote_co
     config : PreTrainedConfig
         Of the base.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _one_line(_as_typed(str(config.name_or_path)), READ[AutoConfig]):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch: nothing is copied into a model without weights
@@ -201,7 +243,7 @@ def merge_adapter(model_name: str, adapter: str | Path, output_dir: str | Path) 
         The adapter does not fit, or `output_dir` holds something or cannot be written.
     """
     check_new(Path(output_dir))
-    merged = load_adapter(load_model(model_name), adapter).merge_and_unload()
+    merged = load_merged(load_model(model_name), adapter)
     tokenizer = load_tokenizer(model_name)
     with new_folder(Path(output_dir)) as folder:
         save_model(merged, folder, model_name)
@@ -223,16 +265,54 @@ def save_model(model: PreTrainedModel | PeftModel, folder: Path, name: str) -> N
         raise UserError(f"--model {name}: its generation_config.json is not valid ({lines[0]})") from error
 
 
+def check_ids(ids: Tensor, config: PreTrainedConfig, name: str) -> None:
+    """Raise UserError unless `--model name` has an embedding for each of the token ids that occur.
+
+    A tokenizer may know more: tokens that were added to it, and never occur, do no harm.
+
+    Parameters
+    ----------
+    ids : Long[...]
+    config : PreTrainedConfig
+        Of the model.
+    """
+    known = vocabulary_size(config)
+    if known is None or bool((ids < known).all()):
+        return
+    raise UserError(f"--model {name}: its tokenizer makes token {ids.max()}, and the model knows {known} of them")
+
+
+def vocabulary_size(config: PreTrainedConfig) -> int | None:
+    """How many token ids the model knows, where its configuration says so."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
 def _load(auto_class: Any, name: str, source: str, **options: Any) -> Any:
-    """`auto_class.from_pretrained(source)`; whatever it says about the model becomes one line naming `--model`."""
-    try:
+    """`auto_class.from_pretrained(source)`."""
+    with _one_line(name, READ[auto_class]):
         return auto_class.from_pretrained(_local_if_offline(source), **options)
+
+
+@contextmanager
+def _one_line(name: str, files: str) -> Iterator[None]:
+    """What is raised inside becomes one line naming `--model`; `files` are those that decide how loading goes."""
+    try:
+        yield
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"--model {name}: runs Python code of its own; read it, then pass --trust_remote_code true"
             ) from error
         raise UserError(f"--model {name}: {_gist(error)}") from error
+    except Exception as error:  # whatever transformers may raise for JSON that holds something else than it expects
+        raise UserError(f"--model {name}: cannot be loaded ({_named(error)}); look at its {files}") from error
+
+
+def _as_typed(source: str) -> str:
+    """What the user called the model at `source`: not the folder, for the demo model."""
+    return DEMO_MODEL if Path(source).parent == cache_folder() / "models" else source
 
 
 def _local_if_offline(source: str) -> str:
@@ -272,3 +352,8 @@ def _gist(error: Exception) -> str:
     """First line of the message that is no heading, without its final period, 200 characters at most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if not line.endswith(":")), type(error).__name__).rstrip(".")[:200]
+
+
+def _named(error: Exception) -> str:
+    """With its type, for a message that was not written for users."""
+    return f"{type(error).__name__}: {_gist(error)}"

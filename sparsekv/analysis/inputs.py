@@ -16,7 +16,7 @@ from sparsekv.data import build_datasets, parse_sources
 from sparsekv.errors import UserError, require
 from sparsekv.files import check_writable, writing
 from sparsekv.fingerprint import fingerprint
-from sparsekv.models import check_adapter, check_device, load_config, load_tokenizer, resolve_model
+from sparsekv.models import check_adapter, check_device, check_ids, load_config, load_tokenizer, resolve_model
 from sparsekv.version import versions
 
 
@@ -53,17 +53,14 @@ def prepare(config: AnalysisConfig) -> Inputs:
         check_writable(out, "--output_dir")
     check_device(device(config), "--device")
     model_config = load_config(config.model, config.trust_remote_code)
-    text_config = model_config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", None)
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     fits = positions is None or config.max_len <= positions
     require(fits, f"--max_len {config.max_len}: {config.model} has {positions} positions")
     if config.adapter is not None:
         check_adapter(model_config, config.adapter, config.trust_remote_code)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     rows, data_fingerprint = _rows(config, tokenizer)
-    known = getattr(text_config, "vocab_size", None)
-    spoken = f"--model {config.model}: its tokenizer makes token {rows.max()}, and the model knows {known} of them"
-    require(known is None or bool(rows.max() < known), spoken)
+    check_ids(rows, model_config, config.model)
     statistics = HeadStatistics(config.max_len, config.anchors)
     described = _describe(config, model_config) | {
         "data_fingerprint": data_fingerprint,

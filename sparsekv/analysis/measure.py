@@ -27,8 +27,8 @@ class Measurer:
     Raises
     ------
     UserError
-        Weights that cannot be loaded, a model whose attention cannot be captured, an adapter that adds tokens; when
-        measuring, attention that is not a number.
+        Weights that cannot be loaded, a model whose attention cannot be captured; when measuring, attention that
+        is not a number.
     """
 
     def __init__(self, config: AnalysisConfig, inputs: Inputs) -> None:
@@ -40,8 +40,6 @@ class Measurer:
         self._statistics = inputs.statistics
         adapter = config.adapter
         self._model: PreTrainedModel | PeftModel = base if adapter is None else load_adapter(base, adapter).eval()
-        adds_tokens = isinstance(self._model, PeftModel) and self._model.active_peft_config.is_prompt_learning
-        require(not adds_tokens, f"--adapter {adapter}: adds tokens, not weights; what they change is not measured")
         self._name = f"--model {config.model}" + (f" with --adapter {adapter}" if adapter else "")
 
     def __call__(self, row: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from sparsekv.inference.bundle import bundle
 from sparsekv.inference.config import ExportConfig
 from sparsekv.inference.export_card import export_card
 from sparsekv.inference.shrunk_cache import check_layers
-from sparsekv.models import load_adapter, load_model, load_tokenizer, save_model
+from sparsekv.models import load_adapter, load_merged, load_model, load_tokenizer, save_model
 from sparsekv.tokens import TokenClass, classify_vocabulary
 from sparsekv.version import VERSION
 
@@ -60,8 +60,7 @@ def export(config: ExportConfig) -> Path:
     code = custom_generate(config, classes, model.config.get_text_config().vocab_size)
     saved: Any = model
     if config.adapter is not None:
-        saved = load_adapter(model, config.adapter)
-        saved = saved.merge_and_unload() if config.merge else saved
+        saved = (load_merged if config.merge else load_adapter)(model, config.adapter)
     with new_folder(Path(config.output_dir)) as folder:
         save_model(saved, folder, config.model)
         tokenizer.save_pretrained(folder)

@@ -17,7 +17,7 @@ from sparsekv.inference.config import ChatConfig
 from sparsekv.inference.press_cache import PressCache
 from sparsekv.inference.reading import CHUNK, read
 from sparsekv.inference.static_cache import StaticAnchorCache
-from sparsekv.models import check_device, load_adapter, load_model, load_tokenizer
+from sparsekv.models import check_device, check_ids, load_merged, load_model, load_tokenizer
 from sparsekv.presses import make_press, needs_eager, needs_question, why_not
 
 FAST_ON = "cuda"  # where steps over fixed shapes are faster, and worth the memory of what is to come
@@ -93,7 +93,7 @@ class Session:
     Raises
     ------
     UserError
-        Names the flag: what cannot be loaded, or served. Later: text beyond the model's positions.
+        Names the flag: what cannot be loaded, or served. Later: text beyond the model's positions or vocabulary.
     """
 
     def __init__(self, config: ChatConfig) -> None:
@@ -103,7 +103,7 @@ class Session:
         press = _press(config, self.tokenizer)
         model: Any = load_model(config.model, config.dtype, device, config.trust_remote_code)
         if config.adapter is not None:
-            model = load_adapter(model, config.adapter).merge_and_unload()
+            model = load_merged(model, config.adapter)
         if press is not None:
             reason = why_not(config.keep, model)
             require(reason is None, f"--keep {reason}")
@@ -136,10 +136,14 @@ class Session:
 
     def read(self, ids: Tensor) -> None:
         """Read Long[1, L]; the first text that is read is the context, which is evicted."""
-        self.ids = torch.cat([self.ids, ids.to(self.ids.device)], dim=1)
+        self._append(ids)
         if self.press is not None and self.cache.get_seq_length() == 0:
             self.cache = self._pressed(self.press)
         read(self.model, self.cache, self.ids, chunk=CHUNK if self.config.streams else None)
+
+    def _append(self, ids: Tensor) -> None:
+        check_ids(ids, self.model.config, self.config.model)
+        self.ids = torch.cat([self.ids, ids.to(self.ids.device)], dim=1)
 
     def _pressed(self, press: Any) -> PressCache:
         try:
@@ -153,7 +157,7 @@ class Session:
     def answer(self, ids: Tensor) -> TimedStreamer:
         """Read Long[1, L], at least one token, and write what the model says to it."""
         self.read(ids[:, :-1])
-        self.ids = torch.cat([self.ids, ids[:, -1:].to(self.ids.device)], dim=1)
+        self._append(ids[:, -1:])
         streamer = TimedStreamer(self.tokenizer)
         model: Any = self.model
         mask = torch.ones_like(self.ids)

@@ -5,7 +5,7 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from sparsekv.data import build_datasets, parse_sources
 from sparsekv.errors import UserError, require
-from sparsekv.models import PLACEMENTS, attach_lora, load_model, load_tokenizer
+from sparsekv.models import PLACEMENTS, attach_lora, check_ids, load_model, load_tokenizer, vocabulary_size
 from sparsekv.observe import observing
 from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, StopCallback
 from sparsekv.training.compiled import compile_layers, compile_logit_sums
@@ -78,6 +78,7 @@ def train(config: TrainConfig) -> Path | None:
         config.seed,
         config.data_subset,
     )
+    _check_tokens(rows, tokenizer, base, config.model)
     set_seed(config.seed)  # the adapter's initialisation does not depend on how the data was read
     model, teacher = _student_and_teacher(base, config, args)
     record = run_record(config, fingerprint, args.world_size) | {"validation_rows": len(rows[1])}
@@ -158,6 +159,17 @@ def _check_length(base: PreTrainedModel, config: TrainConfig) -> None:
     longest = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.max_seq_len > longest:
         raise UserError(f"--max_seq_len {config.max_seq_len}: {config.model} has {longest} positions")
+
+
+def _check_tokens(
+    rows: Sequence[Dataset], tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, name: str
+) -> None:
+    """Look at every row where the tokenizer has tokens that the model does not know."""
+    known = vocabulary_size(base.config)
+    if known is not None and max(tokenizer.get_vocab().values(), default=0) >= known:
+        for part in rows:
+            for batch in part.with_format("torch").iter(1000):
+                check_ids(batch["input_ids"], base.config, name)
 
 
 def _check_architecture(trainer: EITTrainer, config: TrainConfig, rows: Dataset) -> None:

@@ -288,6 +288,13 @@ def test_wrong_input_is_found_before_anything_is_written(options, tmp_path, chan
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_of_a_larger_model(options, tmp_path):
+    model = save_tiny(tmp_path / "base", vocab_size=100)
+    with pytest.raises(UserError, match=f"--model {model}: its tokenizer makes token .* and the model knows 100"):
+        train(train_config(options, tmp_path / "out", model=model))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_with_capped_logits_is_refused(options, tmp_path):
     model = save_tiny(tmp_path / "base", "gemma3", final_logit_softcapping=30.0)
     with pytest.raises(UserError, match=f"--model {model}"):

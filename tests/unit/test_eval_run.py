@@ -17,8 +17,10 @@ from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import pandas as pd
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from tiny import save_tiny
 from transformers import PreTrainedTokenizerFast
 
@@ -389,6 +391,26 @@ def test_a_press_that_cannot_run_does_not_end_the_matrix(inputs, tmp_path, caplo
     assert evaluate(config(inputs, tmp_path, presses="finch,knorm", ratios="0.5")) is None
 
 
+def test_a_model_that_gives_no_numbers_says_so_and_ends_nothing(inputs, tmp_path, caplog):
+    """A run that has diverged comes first; the sound one after it has its summary, and so has the folder of both."""
+    lost = load_model(str(inputs / "base"), "float32", "cpu")
+    lost.get_decoder().norm.weight.data.fill_(float("nan"))
+    shutil.copytree(inputs / "base", tmp_path / "lost")
+    lost.save_pretrained(tmp_path / "lost")
+    models = {"lost": RunConfig(str(tmp_path / "lost")), "sound": RunConfig(str(inputs / "base"))}
+    options = {"benchmark": "perplexity", "context_length": 64, "num_samples": 2, "presses": "knorm", "ratios": "0.5"}
+    for _ in range(2):  # it may be asked again
+        with caplog.at_level("INFO", logger="sparsekv"):
+            assert evaluate(config(inputs, tmp_path / "out", runs=models, **options)) is None
+        assert f"knorm 0.5: the output of model {tmp_path / 'lost'} is not finite: row 0 has nll nan" in caplog.text
+    table = pd.read_csv(tmp_path / "out" / "summary.csv", keep_default_na=False)
+    assert set(table.task[table.model.str.endswith("lost")]) == {"all tasks"}
+    assert table.reason[table.model.str.endswith("lost")].str.contains("is not finite").all()
+    assert (table.reason[table.model.str.endswith("base")] == "").all()
+    assert not list((tmp_path / "out" / "lost").glob("*/predictions.csv"))
+    assert (tmp_path / "out" / "lost" / "summary.md").exists()
+
+
 def test_a_line_now_and_then_in_a_log(monkeypatch, caplog):
     monkeypatch.setattr("sparsekv.progress.EVERY", 0)
     with caplog.at_level("INFO", logger="sparsekv"), CountProgress("answers", 10) as progress:
@@ -547,6 +569,35 @@ def test_an_adapter_of_another_base(inputs, tmp_path):
     with pytest.raises(UserError, match=r"--adapter .*: does not fit"):
         evaluate(config(inputs, tmp_path / "out", adapter=str(tmp_path / "adapter")))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_adds_tokens(inputs, tmp_path):
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(load_model(str(inputs / "base")), prompt).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(UserError, match=r"--adapter .*prompt: adds tokens"):
+        evaluate(config(inputs, tmp_path / "out", adapter=str(tmp_path / "prompt")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["context", "question", "answer_prefix"])
+def test_a_token_that_the_model_does_not_know(inputs, tmp_path, where):
+    """It is in one row, and neither of the longest nor of the shortest."""
+    model = tmp_path / "base"
+    shutil.copytree(inputs / "base", model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(model)
+    row, file = rows()[0], tmp_path / "mine.jsonl"
+    mine = [{**row, "context": row["context"][:size], "question": f"What is {size}?"} for size in range(200, 230)]
+
+    def prepare() -> None:
+        file.write_text("".join(json.dumps(row) + "\n" for row in mine))
+        inputs_module.prepare(config(inputs, tmp_path / "out", model=str(model), benchmark=str(file)))
+
+    prepare()  # a token that does not occur does no harm
+    mine[3][where] += "<|new|>"
+    with pytest.raises(UserError, match=f"--model {model}: its tokenizer makes token 320, and the model knows 320"):
+        prepare()
 
 
 def test_a_model_that_cannot_be_loaded_leaves_nothing(inputs, tmp_path):

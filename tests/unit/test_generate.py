@@ -7,7 +7,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from tiny import make_sharp, make_tiny_tokenizer, messages
+from tiny import make_sharp, make_tiny_tokenizer, messages, save_tiny
 from transformers import DynamicCache, GenerationConfig
 
 from sparsekv.anchors import AnchorConfig
@@ -291,6 +291,15 @@ def test_one_line_and_status_2(folder, capsys, more, said):
     printed = capsys.readouterr()
     (line,) = messages(printed.err)
     assert said in line
+    assert not printed.out
+
+
+def test_a_tokenizer_of_a_larger_model(folder, tmp_path, capsys):
+    small = save_tiny(tmp_path / "small", vocab_size=50)
+    run(*flags(folder, "--model", small), status=2)
+    printed = capsys.readouterr()
+    (line,) = messages(printed.err)
+    assert f"--model {small}: its tokenizer makes token " in line
     assert not printed.out
 
 

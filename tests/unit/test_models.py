@@ -6,13 +6,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import (
+    AdaptionPromptConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_tiny
 
 from sparsekv import models
 from sparsekv.errors import UserError
-from sparsekv.models import attach_lora, load_adapter, load_model, load_tokenizer, merge_adapter, resolve_model
+from sparsekv.models import (
+    attach_lora,
+    check_adapter,
+    check_ids,
+    load_adapter,
+    load_config,
+    load_model,
+    load_tokenizer,
+    merge_adapter,
+    resolve_model,
+)
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 IDS = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -44,7 +61,7 @@ def adapter(tmp_path, base) -> Path:
     return tmp_path / "adapter"
 
 
-def folder_with(tmp_path: Path, **files: str | dict) -> str:
+def folder_with(tmp_path: Path, **files: str | dict | list) -> str:
     """A folder of JSON or text files; `__` in a name stands for the dot."""
     folder = tmp_path / "broken"
     folder.mkdir()
@@ -123,6 +140,11 @@ CUSTOM = {"model_type": "x", "auto_map": {"AutoConfig": "c.C", "AutoModelForCaus
         ({"config__json": {"model_type": "llama"}, "pytorch_model__bin": "pickle"}, "no file named model.safetensors"),
         ({"config__json": {"model_type": "llama"}, "model__safetensors": "damaged"}, "deserializing header"),
         ({"config__json": CUSTOM, "c__py": "raise SystemExit"}, "pass --trust_remote_code true"),
+        (
+            {"config__json": []},
+            r"cannot be loaded \(TypeError: list .*\); look at its config.json and generation_config",
+        ),
+        ({"config__json": {"model_type": "llama", "hidden_size": "64"}}, "TypeError: .* 'str' and 'int'"),
     ],
 )
 def test_folder_that_is_no_model(files, message, tmp_path):
@@ -131,6 +153,42 @@ def test_folder_that_is_no_model(files, message, tmp_path):
         load_model(folder)
     assert str(error.value).startswith(f"--model {folder}: ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("load", "file", "changes", "message"),
+    [
+        (load_model, "config.json", {"num_attention_heads": 0, "head_dim": None}, "ZeroDivisionError"),
+        (load_model, "generation_config.json", [], "TypeError"),
+        (load_tokenizer, "tokenizer_config.json", [], "TypeError"),
+        (load_tokenizer, "tokenizer.json", {"added_tokens": None}, "TypeError"),
+    ],
+)
+def test_json_that_holds_something_else(base, load, file, changes, message):
+    content = json.loads((base / file).read_text())
+    (base / file).write_text(json.dumps({**content, **changes} if isinstance(changes, dict) else changes))
+    with pytest.raises(
+        UserError, match=rf"--model .*base: cannot be loaded \({message}: .*\); look at .*{file}"
+    ) as error:
+        load(str(base))
+    assert "\n" not in str(error.value)
+
+
+def test_a_configuration_that_no_model_can_be_built_from(base, adapter):
+    config = load_config(str(base))
+    config.hidden_act = "nope"
+    with pytest.raises(
+        UserError, match=r"--model .*base: cannot be loaded \(KeyError: 'nope'\); look at its config.json"
+    ):
+        check_adapter(config, adapter)
+
+
+def test_only_tokens_that_occur_need_an_embedding(tiny_llama):
+    config = tiny_llama().config
+    for ids in ([[0, 319]], []):
+        check_ids(torch.tensor(ids), config, "m")
+    with pytest.raises(UserError, match="--model m: its tokenizer makes token 320, and the model knows 320 of them"):
+        check_ids(torch.tensor([[320, 5]]), config, "m")
 
 
 def test_folder_without_tokenizer(tmp_path, tiny_llama):
@@ -254,6 +312,70 @@ def test_adapter_of_another_base(base, adapter, tmp_path, changes, why):
         merge_adapter(str(tmp_path / "other"), adapter, tmp_path / "merged")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "merged").exists()
+
+
+def refusal(base: Path, adapter: Path) -> str:
+    """What is said of an adapter, alike with the base's weights and without."""
+    with pytest.raises(UserError) as without:
+        check_adapter(load_config(str(base)), adapter)
+    with pytest.raises(UserError) as error:
+        merge_adapter(str(base), adapter, adapter.parent / "merged")
+    assert str(error.value) == str(without.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1),
+    ],
+)
+def test_adapter_that_adds_tokens(base, tmp_path, config):
+    get_peft_model(load_model(str(base)), config).save_pretrained(tmp_path / "tokens")
+    assert f"--adapter {tmp_path / 'tokens'}: adds tokens, not weights" in refusal(base, tmp_path / "tokens")
+
+
+def test_adapter_that_depends_on_the_text(base, tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5])
+    get_peft_model(load_model(str(base)), config).save_pretrained(tmp_path / "alora")
+    with pytest.raises(UserError, match=r"--adapter .*alora: cannot be merged into its base: aLoRA does not support"):
+        merge_adapter(str(base), tmp_path / "alora", tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "cannot be read (Expecting property name"),
+        ("[]", "has peft_type None; it must be one of peft's, as LORA is"),
+        ("{}", "has peft_type None"),
+        ('{"peft_type": "NOPE"}', "has peft_type NOPE"),
+        ('{"peft_type": []}', "has peft_type []"),
+        ('{"peft_type": "LORA", "r": "x"}', "cannot be used (TypeError: "),
+        ('{"peft_type": "LORA", "r": 4, "target_modules": 5}', "cannot be used (TypeError: "),
+    ],
+)
+def test_adapter_config_that_is_none(base, adapter, content, said):
+    (adapter / "adapter_config.json").write_text(content)
+    assert f"--adapter {adapter}: adapter_config.json {said}" in refusal(base, adapter)
+
+
+@pytest.mark.parametrize("size", [0, 100, -10])
+def test_damaged_adapter_weights(base, adapter, size):
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    assert f"--adapter {adapter}: adapter_model.safetensors cannot be read (" in refusal(base, adapter)
+
+
+def test_the_demo_model_is_named_as_typed(base, adapter, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEKV_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache/models/demo"
+    make_tiny("llama", num_hidden_layers=1).save_pretrained(folder)
+    monkeypatch.setattr(models, "demo_model_folder", lambda: folder)
+    with pytest.raises(UserError, match="does not fit smollm2-135m: "):
+        load_adapter(load_model("smollm2-135m"), adapter)
 
 
 def test_folder_that_is_no_adapter(base, tiny_llama):

@@ -25,7 +25,16 @@ from sparsekv.evaluation.matrix.encode import Encoder
 from sparsekv.evaluation.matrix.jobs import Job
 from sparsekv.files import check_writable, writing
 from sparsekv.fingerprint import fingerprint
-from sparsekv.models import DTYPES, check_adapter, check_device, load_config, load_tokenizer, resolve_model
+from sparsekv.models import (
+    DTYPES,
+    check_adapter,
+    check_device,
+    check_ids,
+    load_config,
+    load_tokenizer,
+    resolve_model,
+    vocabulary_size,
+)
 from sparsekv.presses import PRESSES, is_decoding, make_press, needs_question
 from sparsekv.version import versions
 
@@ -120,6 +129,8 @@ def _load_base(name: str, config: EvalConfig) -> Base:
     tokenizer.model_max_length = sys.maxsize  # lengths are checked here, and not also warned of
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     encoders = [_load_encoder(name, suite, tokenizer, positions, config.seed) for suite in config.suites()]
+    for encoder in encoders:
+        _check_rows(encoder, model_config, name)
     commit = getattr(model_config, "_commit_hash", None)  # of a model from the Hub
     return Base(model_config, tokenizer, fingerprint(source) if source.is_dir() else str(commit), encoders)
 
@@ -147,9 +158,19 @@ def _load_encoder(
     for press, ratio in suite.cells():
         _check_growth(benchmark, press)
         _check_questions(benchmark, suite, press, make_press(press, ratio, tokenizer))
-    for number in _extremes(benchmark.rows):
-        encoder.encode([number], [])
     return encoder
+
+
+def _check_rows(encoder: Encoder, config: PreTrainedConfig, model: str) -> None:
+    """Encode the rows that may not fit the model: all of them where its tokenizer has tokens that it does not know."""
+    rows, known = encoder.benchmark.rows, vocabulary_size(config)
+    foreign = known is not None and max(encoder.tokenizer.get_vocab().values(), default=0) >= known
+    for number in range(len(rows)) if foreign else _extremes(rows):
+        work = encoder.encode([number], [])
+        for question in work.questions:
+            for ids in (work.ids, question.ids, question.answer_ids):
+                if ids is not None:
+                    check_ids(ids, config, model)
 
 
 def _extremes(rows: Sequence[dict[str, Any]]) -> set[int]:

@@ -25,7 +25,7 @@ from sparsekv.evaluation.matrix.jobs import Job
 from sparsekv.evaluation.matrix.needles import write_needles
 from sparsekv.evaluation.matrix.view_maker import keep_view
 from sparsekv.files import writing
-from sparsekv.models import load_adapter, load_model
+from sparsekv.models import load_merged, load_model
 from sparsekv.progress import CountProgress
 from sparsekv.signals import StopSignal
 
@@ -184,7 +184,7 @@ class Worker:
         name, adapter = self.run.model.model, self.run.model.adapter
         model: Any = load_model(name, self.config.dtype, device(self.config), self.config.trust_remote_code)
         if adapter is not None:
-            model = load_adapter(model, adapter).merge_and_unload()
+            model = load_merged(model, adapter)
         return model.eval()
 
     def _measure(self) -> dict[str, Any]:
