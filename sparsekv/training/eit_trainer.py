@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from sparsekv.errors import require
 from sparsekv.files import write_json, writing
 from sparsekv.observe import observing
 from sparsekv.training.anchor import AnchorSelector
@@ -231,7 +232,7 @@ class EITTrainer(Trainer):
         self._resumed_schedule = json.loads((checkpoint / SCHEDULER_STATE).read_text(encoding="utf-8"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the training figures since the last log line."""
+        """Add the training figures since the last log line; raise UserError where the loss is not finite any more."""
         if "train_runtime" in logs:
             return  # transformers' totals, which are wrong for a resumed run
         if "loss" in logs:
@@ -239,6 +240,8 @@ class EITTrainer(Trainer):
             self._logged_step = self.state.global_step
             logs["schedule_keep_ratio"] = self.schedule.keep_ratio
         super().log(logs, start_time)
+        lost = f"--lr {self.args.learning_rate:g}: the loss is not finite at step {self.state.global_step}"
+        require(math.isfinite(logs.get("loss", 0.0)), f"{lost}; begin in another --output_dir with a lower one")
 
     def evaluated(self) -> bool:
         """Whether the model as it is now has been evaluated."""

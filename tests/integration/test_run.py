@@ -302,6 +302,12 @@ def test_a_model_with_capped_logits_is_refused(options, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_training_that_diverges_ends(options, tmp_path):
+    with pytest.raises(UserError, match=r"^--lr 1e\+30: the loss is not finite at step [2-4]; .* a lower one$"):
+        train(train_config(options, tmp_path / "out", lr=1e30, max_steps=9))
+    assert not (tmp_path / "out" / "final").exists()
+
+
 @pytest.mark.parametrize(
     ("kilobytes", "reason"),
     [
