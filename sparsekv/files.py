@@ -118,9 +118,9 @@ def held(lock: Path, busy: str) -> Iterator[None]:
     UserError
         `busy`, where another process holds it; or the file cannot be locked.
     """
-    held_lock = FileLock(lock)
+    file_lock = FileLock(lock)
     try:
-        held_lock.acquire(timeout=0)
+        file_lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(busy) from error
     except (OSError, NotImplementedError) as error:
@@ -128,7 +128,7 @@ def held(lock: Path, busy: str) -> Iterator[None]:
     try:
         yield
     finally:
-        held_lock.release()
+        file_lock.release()
 
 
 def check_new(folder: Path, flag: str = "--output_dir") -> None:

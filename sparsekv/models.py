@@ -34,9 +34,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from sparsekv.demo_model import DEMO_MODEL, demo_model_folder
+from sparsekv.demo_model import DEMO_MODEL, demo_model_folder, demo_model_place
 from sparsekv.errors import UserError, require
-from sparsekv.files import cache_folder, check_new, new_folder
+from sparsekv.files import check_new, new_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's ways to spread a model
@@ -276,14 +276,19 @@ def check_ids(ids: Tensor, config: PreTrainedConfig, name: str) -> None:
     config : PreTrainedConfig
         Of the model.
     """
-    known = vocabulary_size(config)
+    known = _vocabulary_size(config)
     if known is None or bool((ids < known).all()):
         return
     raise UserError(f"--model {name}: its tokenizer makes token {ids.max()}, and the model knows {known} of them")
 
 
-def vocabulary_size(config: PreTrainedConfig) -> int | None:
-    """How many token ids the model knows, where its configuration says so."""
+def may_make_unknown_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> bool:
+    """Whether a tokenizer has a token without an embedding; `check_ids` looks whether one occurs."""
+    known = _vocabulary_size(config)
+    return known is not None and max(tokenizer.get_vocab().values(), default=0) >= known
+
+
+def _vocabulary_size(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
@@ -312,7 +317,7 @@ def _one_line(name: str, files: str) -> Iterator[None]:
 
 def _as_typed(source: str) -> str:
     """What the user called the model at `source`: not the folder, for the demo model."""
-    return DEMO_MODEL if Path(source).parent == cache_folder() / "models" else source
+    return DEMO_MODEL if Path(source) == demo_model_place() else source
 
 
 def _local_if_offline(source: str) -> str:

@@ -12,6 +12,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from sparsekv.errors import UserError
 from sparsekv.training.eit_trainer import SCHEDULER_STATE
 
+STATES = (OPTIMIZER_NAME, SCHEDULER_NAME, "rng_state*.pth", "*.safetensors")  # each process has its random state
+
 
 def newest_checkpoint(out: Path) -> Path | None:
     """The folder of the highest step, if there is one.
@@ -39,12 +41,7 @@ def _fault(checkpoint: Path) -> str | None:
             return f"{name} is missing or damaged"
     if any(checkpoint.glob(f"{FSDP_MODEL_NAME}*")):  # it has files of its own
         return None
-    for name in (
-        OPTIMIZER_NAME,
-        SCHEDULER_NAME,
-        "rng_state*.pth",
-        "*.safetensors",
-    ):  # each process has its random state
+    for name in STATES:
         files = [*checkpoint.glob(name)]
         if not files or not all(map(_is_whole, files)):
             return f"{name} is missing or damaged"

@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate.utils.constants import FSDP_MODEL_NAME
 
-from sparsekv.errors import UserError
+from sparsekv.errors import UserError, require
 from sparsekv.files import check_writable, held, readable, write_json, write_text, writing
 from sparsekv.training.checkpoints import newest_checkpoint
 from sparsekv.training.config import TrainConfig
@@ -29,6 +29,11 @@ def usable_checkpoint(out: Path, config: TrainConfig, processes: int = 1) -> Pat
     if not config.resume:
         raise UserError(f"--output_dir {out}: is not empty; give --resume to continue its run, or another folder")
     return _find_checkpoint(out, config, processes)
+
+
+def is_finished(out: Path) -> bool:
+    """Whether nothing is left to train."""
+    return (out / FINAL / RUN_CONFIG).is_file()
 
 
 def _find_checkpoint(out: Path, config: TrainConfig, processes: int) -> Path | None:
@@ -78,13 +83,21 @@ def check_same_division(checkpoint: Path | None, divided: bool) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(out: Path) -> Iterator[None]:
-    """Make the folder; inside, no other training writes there. Raises UserError where one does."""
+def alone_in(out: Path, config: TrainConfig, processes: int, checkpoint: Path | None) -> Iterator[None]:
+    """Make the folder; inside, no other training writes there.
+
+    Raises
+    ------
+    UserError
+        One is at work there, or another than `checkpoint` is the one to resume from by now.
+    """
     lock = out / ".lock"
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with held(lock, f"--output_dir {out}: another sparsekv train is at work in it; wait, or give another folder"):
         try:
+            unchanged = usable_checkpoint(out, config, processes) == checkpoint and not is_finished(out)
+            require(unchanged, f"--output_dir {out}: another sparsekv train wrote there meanwhile; start again")
             yield
         finally:
             lock.unlink(missing_ok=True)

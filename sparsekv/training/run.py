@@ -18,7 +18,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from sparsekv.data import build_datasets, parse_sources
 from sparsekv.errors import UserError, require
-from sparsekv.models import PLACEMENTS, attach_lora, check_ids, load_model, load_tokenizer, vocabulary_size
+from sparsekv.models import PLACEMENTS, attach_lora, check_ids, load_model, load_tokenizer, may_make_unknown_ids
 from sparsekv.observe import observing
 from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, StopCallback
 from sparsekv.training.compiled import compile_layers, compile_logit_sums
@@ -32,6 +32,7 @@ from sparsekv.training.output import (
     alone_in,
     check_same_data,
     check_same_division,
+    is_finished,
     prepare_output_dir,
     removed_if_unused,
     run_record,
@@ -40,7 +41,7 @@ from sparsekv.training.output import (
 )
 from sparsekv.training.peers import others_alive
 from sparsekv.training.plan import EvictionPlan
-from sparsekv.training.record import FINAL, RUN_CONFIG
+from sparsekv.training.record import FINAL
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def train(config: TrainConfig) -> Path | None:
     args = training_arguments(config)
     checkpoint = usable_checkpoint(out, config, args.world_size)
     args.distributed_state.wait_for_everyone()  # no process writes before every one has looked
-    if (out / FINAL / RUN_CONFIG).is_file():
+    if is_finished(out):
         return out / FINAL  # resumed, and nothing is left to do
     args.eval_on_start = checkpoint is None
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
@@ -89,7 +90,7 @@ def train(config: TrainConfig) -> Path | None:
         use_newest_for(trainer.base)
         _check_architecture(trainer, config, rows[0])
         record |= _speed_up(trainer, teacher, config)
-        with alone_in(out) if args.should_save else contextlib.nullcontext():
+        with alone_in(out, config, args.world_size, checkpoint) if args.should_save else contextlib.nullcontext():
             if args.should_save:
                 prepare_output_dir(out, record)
             args.distributed_state.wait_for_everyone()
@@ -165,8 +166,7 @@ def _check_tokens(
     rows: Sequence[Dataset], tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, name: str
 ) -> None:
     """Look at every row where the tokenizer has tokens that the model does not know."""
-    known = vocabulary_size(base.config)
-    if known is not None and max(tokenizer.get_vocab().values(), default=0) >= known:
+    if may_make_unknown_ids(tokenizer, base.config):
         for part in rows:
             for batch in part.with_format("torch").iter(1000):
                 check_ids(batch["input_ids"], base.config, name)

@@ -410,6 +410,22 @@ def test_a_kill_at_the_very_first_write(options, tmp_path):
         assert train(train_config(options, tmp_path, resume=True, max_steps=1)) == tmp_path / "final"
 
 
+def test_another_run_that_ended_meanwhile(options, tmp_path, monkeypatch):
+    """What was found at the beginning no longer holds when the folder is free."""
+    out, plain = tmp_path / "out", run._check_architecture
+    config = train_config(options, out, resume=True, max_steps=1)
+
+    def slow(*args):
+        monkeypatch.setattr(run, "_check_architecture", plain)
+        assert train(config) == out / "final"
+        plain(*args)
+
+    monkeypatch.setattr(run, "_check_architecture", slow)
+    with pytest.raises(UserError, match=f"^--output_dir {out}: another sparsekv train wrote there meanwhile"):
+        train(config)
+    assert [line["step"] for line in metrics(out) if "loss" in line] == [1]
+
+
 def test_two_at_once_in_one_folder(options, tmp_path, monkeypatch):
     out, refused = tmp_path / "out", []
 

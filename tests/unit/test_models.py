@@ -371,9 +371,7 @@ def test_damaged_adapter_weights(base, adapter, size):
 
 def test_the_demo_model_is_named_as_typed(base, adapter, tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEKV_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "cache/models/demo"
-    make_tiny("llama", num_hidden_layers=1).save_pretrained(folder)
-    monkeypatch.setattr(models, "demo_model_folder", lambda: folder)
+    make_tiny("llama", num_hidden_layers=1).save_pretrained(models.demo_model_place())
     with pytest.raises(UserError, match="does not fit smollm2-135m: "):
         load_adapter(load_model("smollm2-135m"), adapter)
 

@@ -32,8 +32,8 @@ from sparsekv.models import (
     check_ids,
     load_config,
     load_tokenizer,
+    may_make_unknown_ids,
     resolve_model,
-    vocabulary_size,
 )
 from sparsekv.presses import PRESSES, is_decoding, make_press, needs_question
 from sparsekv.version import versions
@@ -163,9 +163,8 @@ def _load_encoder(
 
 def _check_rows(encoder: Encoder, config: PreTrainedConfig, model: str) -> None:
     """Encode the rows that may not fit the model: all of them where its tokenizer has tokens that it does not know."""
-    rows, known = encoder.benchmark.rows, vocabulary_size(config)
-    foreign = known is not None and max(encoder.tokenizer.get_vocab().values(), default=0) >= known
-    for number in range(len(rows)) if foreign else _extremes(rows):
+    rows = encoder.benchmark.rows
+    for number in range(len(rows)) if may_make_unknown_ids(encoder.tokenizer, config) else _extremes(rows):
         work = encoder.encode([number], [])
         for question in work.questions:
             for ids in (work.ids, question.ids, question.answer_ids):
