@@ -159,8 +159,8 @@ def attach_lora(
     return get_peft_model(model, config)
 
 
-def load_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
-    """Wrap `model` with the trained adapter in folder `adapter`.
+def load_adapter(model: PreTrainedModel, adapter: str | Path, is_trainable: bool = False) -> PeftModel:
+    """Wrap `model` with the trained adapter in folder `adapter`, frozen unless `is_trainable`.
 
     Raises
     ------
@@ -171,7 +171,7 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
     saved = _check_adapter_files(Path(adapter))
     unfit = f"--adapter {adapter}: does not fit {_as_typed(str(model.name_or_path))}"
     try:
-        wrapped = PeftModel.from_pretrained(model, str(adapter))
+        wrapped = PeftModel.from_pretrained(model, str(adapter), is_trainable=is_trainable)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{unfit}: {_gist(error)}") from error
     except Exception as error:  # whatever peft may raise for an option of another type than it expects

@@ -63,6 +63,9 @@ class EITConfig:
         Weight of the cross-entropy on context tokens, whose queries see the full cache.
     lambda_selection
         Weight of the selection loss: presses learn to keep what the teacher's later queries attend to.
+    position_gap
+        Largest gap in a row's positions, drawn anew for each step, for teacher and student alike: distances that no
+        row has (PoSE, https://arxiv.org/abs/2309.10400). 0: none.
     temperature
         Temperature of both distributions in the KL.
     kl_direction
@@ -92,6 +95,7 @@ class EITConfig:
     lambda_context: float = 1.0
     lambda_ce_context: float = 1.0
     lambda_selection: float = 3.0
+    position_gap: int = 0
     temperature: float = 1.0
     kl_direction: Direction = "forward"
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
@@ -123,6 +127,7 @@ class EITConfig:
             f"--lambda_selection {self.lambda_selection}: none of --rules has a score to learn; give 0, or add one of "
             f"{', '.join(SMOOTH_RULES)}",
         )
+        require(self.position_gap >= 0, f"--position_gap {self.position_gap}: must be at least 0")
         require(0 <= self.seed < 2**32, f"--seed {self.seed}: must be at least 0 and below 2**32")
         self.make_schedule(total_steps=1)  # validates its own options
 
@@ -153,7 +158,14 @@ class EITConfig:
     def make_sampler(self) -> PlanSampler:
         """The source of each step's cuts, rules and ratios."""
         return PlanSampler(
-            self.geometry, self.rules, self.num_cuts, self.min_cut, self.max_cut, self.ratio_draw, self.seed
+            self.geometry,
+            self.rules,
+            self.num_cuts,
+            self.min_cut,
+            self.max_cut,
+            self.ratio_draw,
+            self.seed,
+            self.position_gap,
         )
 
 
@@ -201,6 +213,9 @@ class TrainConfig(EITConfig):
         Dropout on the adapter's input.
     lora_targets
         Names of the linear modules that get an adapter.
+    teacher_adapter
+        Folder of an adapter that was trained with the same lora options: the teacher is the model with it, and the
+        student begins as it. Default: the teacher is the model alone.
     dtype
         Of the base weights: auto, float32, bfloat16, float16.
     device_map
@@ -245,6 +260,7 @@ class TrainConfig(EITConfig):
     lora_alpha: float = 128
     lora_dropout: float = 0.0
     lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    teacher_adapter: str | None = None
     dtype: str = "auto"
     device_map: str | None = None
     gradient_checkpointing: bool = False
@@ -281,5 +297,9 @@ class TrainConfig(EITConfig):
         for flag in ("lora_dropout", "lr_warmup_fraction"):
             value = getattr(self, flag)
             require(0 <= value < 1, f"--{flag} {value}: must be at least 0 and below 1")
+        require(
+            self.teacher_adapter is None or self.lora_r > 0,
+            f"--teacher_adapter {self.teacher_adapter}: --lora_r 0 trains no adapter; merge it into --model",
+        )
         require(not self.float8 or self.lora_r > 0, "--float8: is for frozen weights; --lora_r 0 trains them all")
         self.make_sampler().check(self.max_seq_len)

@@ -18,7 +18,16 @@ from transformers.integrations import get_available_reporting_integrations
 
 from sparsekv.data import build_datasets, parse_sources
 from sparsekv.errors import UserError, require
-from sparsekv.models import PLACEMENTS, attach_lora, check_ids, load_model, load_tokenizer, may_make_unknown_ids
+from sparsekv.models import (
+    PLACEMENTS,
+    attach_lora,
+    check_ids,
+    load_adapter,
+    load_merged,
+    load_model,
+    load_tokenizer,
+    may_make_unknown_ids,
+)
 from sparsekv.observe import observing
 from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, StopCallback
 from sparsekv.training.compiled import compile_layers, compile_logit_sums
@@ -158,8 +167,9 @@ def _run(trainer: EITTrainer, out: Path, record: dict[str, Any], checkpoint: Pat
 
 def _check_length(base: PreTrainedModel, config: TrainConfig) -> None:
     longest = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.max_seq_len > longest:
-        raise UserError(f"--max_seq_len {config.max_seq_len}: {config.model} has {longest} positions")
+    if longest is not None and config.max_seq_len + config.position_gap > longest:
+        gap = f" and --position_gap {config.position_gap}" if config.position_gap else ""
+        raise UserError(f"--max_seq_len {config.max_seq_len}{gap}: {config.model} has {longest} positions")
 
 
 def _check_tokens(
@@ -219,18 +229,25 @@ def _student_and_teacher(
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedModel | None]:
     """An adapter on the base, which is then its own teacher; or the whole model and a frozen copy of it."""
     say = print if args.should_log else lambda _: None
-    if config.lora_r:
+    model: PreTrainedModel | PeftModel = base
+    if config.teacher_adapter is not None:
+        model = load_adapter(base, config.teacher_adapter, is_trainable=True)
+    elif config.lora_r:
         model = attach_lora(base, config.lora_r, config.lora_alpha, config.lora_targets, config.lora_dropout)
+    if isinstance(model, PeftModel):
         trainable, total = model.get_nb_trainable_parameters()
         say(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+    else:
+        say("trainable parameters: all")
+    own_teacher = config.lora_r and config.teacher_adapter is None  # without its adapter
+    if own_teacher or not config.needs_teacher:
         return model, None
-    say("trainable parameters: all")
-    if not config.needs_teacher:
-        return base, None
     # Under autocast a teacher of half the size computes the same; without it, only one of the student's dtype does.
     dtype = config.dtype if args.bf16 else str(base.dtype).removeprefix("torch.")
     teacher = load_model(config.model, dtype, config.device_map, config.trust_remote_code)
-    return base, teacher.eval().requires_grad_(False)
+    if config.teacher_adapter is not None:
+        teacher = load_merged(teacher, config.teacher_adapter)
+    return model, teacher.eval().requires_grad_(False)
 
 
 def _make_trainer(
