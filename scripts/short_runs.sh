@@ -14,8 +14,8 @@ cd "$(dirname "$0")/.."
 source scripts/results_lib.sh
 kind=${1:-}
 case $kind in
-    ablations) steps=100 seed=0 text=out/held.jsonl rows=100 tasks=niah_single_2 longer= ;;
-    pilots) steps=250 seed=1000 text=out/val_text.jsonl rows=50 tasks=niah_single_2,niah_multikey_1 longer=4096 ;;
+    ablations) steps=100 seed=0 text=out/held.jsonl rows=100 tasks=niah_single_2 ;;
+    pilots) steps=250 seed=1000 text=out/val_text.jsonl rows=50 tasks=niah_single_2,niah_multikey_1 ;;
     *)
         echo "scripts/short_runs.sh '$kind': name what to run, ablations or pilots" >&2
         exit 2
@@ -45,12 +45,12 @@ train() { # NAME [option ...]
 
 evaluations() { # NAME: what `sparsekv eval` is asked, a line for each process
     evaluate "$1" "$presses" perplexity --data_dir "$text" --context_length 1024 --num_samples 100
-    needles "$1" "$presses" 1024
-    [[ -z $longer ]] || needles "$1" no_press "$longer"
+    needles "$1" "$presses" 1024 "$rows"
+    [[ $kind != pilots ]] || needles "$1" no_press 4096 200
 }
 
-needles() { # NAME PRESSES LENGTH
-    evaluate "$1" "$2" ruler-local --context_length "$3" --tasks "$tasks" --num_samples "$rows" --max_new_tokens 16
+needles() { # NAME PRESSES LENGTH ROWS
+    evaluate "$1" "$2" ruler-local --context_length "$3" --tasks "$tasks" --num_samples "$4" --max_new_tokens 16
 }
 
 evaluate() { # NAME PRESSES BENCHMARK option ...: a line for each of the processes that share it
@@ -90,7 +90,7 @@ make_texts
 PROCESSES=${PROCESSES:-1}
 number PROCESSES "$PROCESSES"
 export -f train evaluations needles evaluate
-export PROCESSES kind steps seed text rows tasks longer presses ratios
+export PROCESSES kind steps seed text rows tasks presses ratios
 each_on_a_gpu "${RUNS:-4}" <<< "$list" || failed=1
 done_with() { [[ -e out/$kind/log/$1.done ]]; }
 while read -r name control _; do
