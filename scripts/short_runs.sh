@@ -5,8 +5,9 @@
 #                                                            # RUNS=4: at a time on each; PROCESSES=1: that evaluate a run
 #
 # Ablations say what matters, on the rows that docs/results.md reports; pilots choose a recipe, on validation rows.
-# A line is a name, that of its control, which is trained with it, and options; without names all. The same rows are asked of
-# the base. The same command once more goes on with what is not done, and compares what is. Logs lie in out/KIND/log.
+# A line is a name, that of its control, which is trained with it, and options; without names all. One whose --teacher_adapter
+# another line trains waits for it. The same rows are asked of the base. The same command once more goes on with what is not
+# done, and compares what is. Logs lie in out/KIND/log.
 # shellcheck disable=SC2329  # functions are for the shells that xargs starts
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,11 +29,21 @@ failed=0
 one() { # NAME CONTROL [option ...]
     local name=$1 log=out/$kind/log/$1.log
     shift 2
-    rm -f "${log%.log}.done"
-    { train "$name" "$@" && evaluations "$name" | xargs -P "$PROCESSES" -L 1 sparsekv eval; } >> "$log" 2>&1 &&
+    { wait_for_teacher "$@" && train "$name" "$@" && evaluations "$name" | xargs -P "$PROCESSES" -L 1 sparsekv eval; } >> "$log" 2>&1 &&
         touch "${log%.log}.done" && return
     echo "scripts/short_runs.sh: $name failed: $log" >&2
+    touch "${log%.log}.failed"
     return 1
+}
+
+wait_for_teacher() { # [option ...]
+    local run
+    while (($#)) && [[ $1 != --teacher_adapter ]]; do shift; done
+    run=$(basename "$(dirname "${2:-}")")
+    while (($#)) && [[ ! -e $2/eit_config.json ]]; do
+        [[ ! -e out/$kind/log/$run.failed ]] || { echo "its teacher failed: $run" && return 1; }
+        sleep 1
+    done
 }
 
 train() { # NAME [option ...]
@@ -66,9 +77,14 @@ evaluate() { # NAME PRESSES BENCHMARK option ...: a line for each of the process
 chosen() { # [NAME ...]: their lines after those of their controls, each once; without names all
     echo base -
     awk -v names="$*" -v lines="$lines" '
-        function show(name) { if (name in line && !shown[name]++) print line[name] }
+        function show(name) {
+            if (!(name in line) || shown[name]++) return
+            show(teacher[name])
+            print line[name]
+        }
         /^#/ { next }
         { line[$1] = $0; control[$1] = $2 }
+        match($0, /--teacher_adapter out\/[a-z]+\/[^\/]+/) { split(substr($0, RSTART, RLENGTH), part, "/"); teacher[$1] = part[3] }
         names == "" { print }
         END {
             number = split(names, name, " ")
@@ -86,10 +102,11 @@ chosen() { # [NAME ...]: their lines after those of their controls, each once; w
 list=$(chosen "$@")
 find_gpus
 mkdir -p "out/$kind/log"
+while read -r name _; do rm -f "out/$kind/log/$name".{done,failed}; done <<< "$list"
 make_texts
 PROCESSES=${PROCESSES:-1}
 number PROCESSES "$PROCESSES"
-export -f train evaluations needles evaluate
+export -f wait_for_teacher train evaluations needles evaluate
 export PROCESSES kind steps seed text rows tasks presses ratios
 each_on_a_gpu "${RUNS:-4}" <<< "$list" || failed=1
 done_with() { [[ -e out/$kind/log/$1.done ]]; }

@@ -38,6 +38,7 @@ COMMANDS = {  # experiment → what makes its compare.csv
 # Of a training, beside its data and size.
 LOSS = ("lambda_kl", "lambda_context", "lambda_ce_context", "lambda_selection")
 OPTIONS = (*LOSS, "lr", "lora_r", "num_cuts")
+RARE = ("teacher_adapter", "position_gap")  # of a few trainings; the second was an option for a time
 LEGEND = (
     "[low, high]: 95% percentile bootstrap over rows. Difference: trained − control, paired by row; ▲ better, ▼ worse, "
     "= no difference (p below 0.05, sign-flip permutation test, Holm over the cells of the run; for ▲ also every "
@@ -237,14 +238,15 @@ def training(folder: Path, results: Path) -> list[str]:
         ) from error
     size = f"{steps} × {rows_of_a_step(record, 1)} × {config['max_seq_len']}"
     has_none = {"lambda_selection"} if config["control"] else set()
-    options = ", ".join(f"{name} {config[name]:g}" for name in OPTIONS if name in config.keys() - has_none)
+    options = [f"{name} {config[name]:g}" for name in OPTIONS if name in config.keys() - has_none]
+    options += [f"{name} {config[name]}" for name in RARE if config.get(name)]
     perplexities = []
     for name in ("eval_full_ppl", "eval_evicted_ppl"):
         values = [step[name] for step in metrics if name in step]
         perplexities.append(f"{values[0]:.2f} → {values[-1]:.2f}" if values else tables.NONE)
     name = "/".join([*folder.parent.parent.relative_to(results).parts, folder.name])
     what = "control" if config["control"] else "trained"
-    about = [name, what, str(config["seed"]), describe_data(data), size, options]
+    about = [name, what, str(config["seed"]), describe_data(data), size, ", ".join(options)]
     return [*about, *perplexities, record["commit"] or "unknown"]
 
 

@@ -159,8 +159,10 @@ def attach_lora(
     return get_peft_model(model, config)
 
 
-def load_adapter(model: PreTrainedModel, adapter: str | Path, is_trainable: bool = False) -> PeftModel:
-    """Wrap `model` with the trained adapter in folder `adapter`, frozen unless `is_trainable`.
+def load_adapter(
+    model: PreTrainedModel, adapter: str | Path, flag: str = "--adapter", is_trainable: bool = False
+) -> PeftModel:
+    """Wrap `model` with the trained adapter in folder `adapter`, which `flag` led to; frozen unless `is_trainable`.
 
     Raises
     ------
@@ -168,20 +170,20 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, is_trainable: bool
         No adapter there, one that adds tokens instead of weights, or one that was trained on another base: every
         weight must find its place.
     """
-    saved = _check_adapter_files(Path(adapter))
-    unfit = f"--adapter {adapter}: does not fit {_as_typed(str(model.name_or_path))}"
+    saved = _check_adapter_files(Path(adapter), flag)
+    unfit = f"{flag} {adapter}: does not fit {_as_typed(str(model.name_or_path))}"
     try:
         wrapped = PeftModel.from_pretrained(model, str(adapter), is_trainable=is_trainable)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{unfit}: {_gist(error)}") from error
     except Exception as error:  # whatever peft may raise for an option of another type than it expects
-        raise UserError(f"--adapter {adapter}: {ADAPTER_CONFIG} cannot be used ({_named(error)})") from error
+        raise UserError(f"{flag} {adapter}: {ADAPTER_CONFIG} cannot be used ({_named(error)})") from error
     if stray := saved ^ set(get_peft_model_state_dict(wrapped)):  # peft itself ignores both kinds
         raise UserError(f"{unfit}: only one of them has {min(stray)}")
     return wrapped
 
 
-def load_merged(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
+def load_merged(model: PreTrainedModel, adapter: str | Path, flag: str = "--adapter") -> PreTrainedModel:
     """`model` with the trained adapter in folder `adapter` merged into its weights.
 
     Raises
@@ -189,31 +191,31 @@ def load_merged(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
     UserError
         As `load_adapter`; or a kind of adapter whose weights depend on the text.
     """
-    wrapped: Any = load_adapter(model, adapter)
+    wrapped: Any = load_adapter(model, adapter, flag)
     try:
         return wrapped.merge_and_unload()
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"--adapter {adapter}: cannot be merged into its base: {_gist(error)}") from error
+        raise UserError(f"{flag} {adapter}: cannot be merged into its base: {_gist(error)}") from error
 
 
-def _check_adapter_files(adapter: Path) -> set[str]:
+def _check_adapter_files(adapter: Path, flag: str) -> set[str]:
     """Names of the adapter's weights; raise UserError unless its files can be read, and are of a kind that merges."""
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        require((adapter / file).is_file(), f"--adapter {adapter}: this folder holds no adapter (no {file})")
+        require((adapter / file).is_file(), f"{flag} {adapter}: this folder holds no adapter (no {file})")
     try:
         config = json.loads((adapter / ADAPTER_CONFIG).read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"--adapter {adapter}: {ADAPTER_CONFIG} cannot be read ({_gist(error)})") from error
+        raise UserError(f"{flag} {adapter}: {ADAPTER_CONFIG} cannot be read ({_gist(error)})") from error
     kind: Any = config.get("peft_type") if isinstance(config, dict) else None
     known = kind in list(PEFT_TYPE_TO_TUNER_MAPPING)  # a list, for `kind` may be anything
-    require(known, f"--adapter {adapter}: {ADAPTER_CONFIG} has peft_type {kind}; it must be one of peft's, as LORA is")
+    require(known, f"{flag} {adapter}: {ADAPTER_CONFIG} has peft_type {kind}; it must be one of peft's, as LORA is")
     merges = hasattr(PEFT_TYPE_TO_TUNER_MAPPING[kind], "merge_and_unload")
-    require(merges, f"--adapter {adapter}: adds tokens, not weights ({kind}); give one that can be merged, as LORA is")
+    require(merges, f"{flag} {adapter}: adds tokens, not weights ({kind}); give one that can be merged, as LORA is")
     try:
         with safe_open(adapter / ADAPTER_WEIGHTS, "pt") as weights:
             return set(weights.keys())
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--adapter {adapter}: {ADAPTER_WEIGHTS} cannot be read ({_gist(error)})") from error
+        raise UserError(f"{flag} {adapter}: {ADAPTER_WEIGHTS} cannot be read ({_gist(error)})") from error
 
 
 def check_adapter(config: PreTrainedConfig, adapter: str | Path, trust_remote_code: bool = False) -> None:

@@ -63,9 +63,6 @@ class EITConfig:
         Weight of the cross-entropy on context tokens, whose queries see the full cache.
     lambda_selection
         Weight of the selection loss: presses learn to keep what the teacher's later queries attend to.
-    position_gap
-        Largest gap in a row's positions, drawn anew for each step, for teacher and student alike: distances that no
-        row has (PoSE, https://arxiv.org/abs/2309.10400). 0: none.
     temperature
         Temperature of both distributions in the KL.
     kl_direction
@@ -95,7 +92,6 @@ class EITConfig:
     lambda_context: float = 1.0
     lambda_ce_context: float = 1.0
     lambda_selection: float = 3.0
-    position_gap: int = 0
     temperature: float = 1.0
     kl_direction: Direction = "forward"
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
@@ -127,7 +123,6 @@ class EITConfig:
             f"--lambda_selection {self.lambda_selection}: none of --rules has a score to learn; give 0, or add one of "
             f"{', '.join(SMOOTH_RULES)}",
         )
-        require(self.position_gap >= 0, f"--position_gap {self.position_gap}: must be at least 0")
         require(0 <= self.seed < 2**32, f"--seed {self.seed}: must be at least 0 and below 2**32")
         self.make_schedule(total_steps=1)  # validates its own options
 
@@ -158,14 +153,7 @@ class EITConfig:
     def make_sampler(self) -> PlanSampler:
         """The source of each step's cuts, rules and ratios."""
         return PlanSampler(
-            self.geometry,
-            self.rules,
-            self.num_cuts,
-            self.min_cut,
-            self.max_cut,
-            self.ratio_draw,
-            self.seed,
-            self.position_gap,
+            self.geometry, self.rules, self.num_cuts, self.min_cut, self.max_cut, self.ratio_draw, self.seed
         )
 
 
@@ -214,8 +202,8 @@ class TrainConfig(EITConfig):
     lora_targets
         Names of the linear modules that get an adapter.
     teacher_adapter
-        Folder of an adapter that was trained with the same lora options: the teacher is the model with it, and the
-        student begins as it. Default: the teacher is the model alone.
+        Folder of an adapter that was trained before, with the same lora options: the teacher is the model with it, and
+        the student begins as it. Default: the teacher is the model alone.
     dtype
         Of the base weights: auto, float32, bfloat16, float16.
     device_map
@@ -299,7 +287,7 @@ class TrainConfig(EITConfig):
             require(0 <= value < 1, f"--{flag} {value}: must be at least 0 and below 1")
         require(
             self.teacher_adapter is None or self.lora_r > 0,
-            f"--teacher_adapter {self.teacher_adapter}: --lora_r 0 trains no adapter; merge it into --model",
+            f"--teacher_adapter {self.teacher_adapter}: --lora_r 0 trains no adapter; give its rank",
         )
         require(not self.float8 or self.lora_r > 0, "--float8: is for frozen weights; --lora_r 0 trains them all")
         self.make_sampler().check(self.max_seq_len)

@@ -27,7 +27,6 @@ from sparsekv.training.loss import IGNORE_INDEX, LogitSums, distillation_loss, s
 from sparsekv.training.meter import Meter
 from sparsekv.training.modes import ADAPTER_SWITCH, switched, training_already
 from sparsekv.training.plan import EvictionPlan
-from sparsekv.training.position_gap import position_gap
 from sparsekv.training.scheduler import KeepRatioScheduler
 from sparsekv.training.selection import later_attention
 
@@ -106,21 +105,8 @@ class EITTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a micro-batch, both inside the eviction context (checkpointing recomputes)."""
         plan = None if self.config.control else self.current_plan(inputs["input_ids"].shape[1])
-        with (
-            KVDropoutContext(self.base, plan, self.selector) as self.eviction,
-            training_already(model, self.base),
-            self._positions_apart(inputs["input_ids"].shape[1]),
-        ):
+        with KVDropoutContext(self.base, plan, self.selector) as self.eviction, training_already(model, self.base):
             return super().training_step(model, inputs, num_items_in_batch)
-
-    @contextlib.contextmanager
-    def _positions_apart(self, length: int) -> Iterator[None]:
-        """Inside, student and teacher compute with the plan's gap in their positions."""
-        plan = self.current_plan(length)
-        with contextlib.ExitStack() as stack:
-            for network in filter(None, (self.base, self.teacher)):
-                stack.enter_context(position_gap(network, plan.gap_start, plan.gap))
-            yield
 
     def compute_loss(
         self,

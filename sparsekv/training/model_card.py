@@ -69,6 +69,7 @@ TRAINED = (
     "{min_keep_ratio} ({scheduler_mode}), geometry {geometry}."
 )
 CONTROL = "A control: trained on the same data, steps and loss as an eviction-invariant model, but without eviction."
+BEGUN = " It began as an adapter that was trained before, `{}`, and its teacher is the base with that."
 
 
 def model_card(record: dict[str, Any], log_history: list[dict[str, float]]) -> str:
@@ -79,13 +80,16 @@ def model_card(record: dict[str, Any], log_history: list[dict[str, float]]) -> s
     usage = USAGE_ADAPTER if config["lora_r"] else USAGE_MODEL
     if config["lora_r"] and config["model"] == DEMO_MODEL:
         usage = USAGE_DEMO_MODEL
+    what = CONTROL if config["control"] else TRAINED.format(**config)
+    if config.get("teacher_adapter"):  # an older record has none
+        what += BEGUN.format(config["teacher_adapter"])
     best = min(evaluations, key=lambda line: line["eval_evicted_ppl"])
     return TEMPLATE.format(
         base=config["model"],
         library="peft" if config["lora_r"] else "transformers",
         lora_tag=", lora" if config["lora_r"] else "",
         title="Control" if config["control"] else "Eviction-invariant training",
-        what=CONTROL if config["control"] else TRAINED.format(**config),
+        what=what,
         version=record["versions"]["sparsekv"],
         commit=record["commit"] or "unknown",
         usage=usage.format(base=config["model"]),

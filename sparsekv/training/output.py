@@ -13,6 +13,7 @@ from accelerate.utils.constants import FSDP_MODEL_NAME
 
 from sparsekv.errors import UserError, require
 from sparsekv.files import check_writable, held, readable, write_json, write_text, writing
+from sparsekv.fingerprint import fingerprint
 from sparsekv.training.checkpoints import newest_checkpoint
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import SCHEDULER_STATE, STAGING, EITTrainer
@@ -64,13 +65,21 @@ def _read_record(out: Path) -> dict[str, Any]:
     raise UserError(f"--resume: {file}: is no record of a training; begin in another --output_dir")
 
 
-def check_same_data(out: Path, fingerprint: str) -> None:
-    """Raise UserError when the run in `out` was trained on other rows: the files of `--data` have changed since."""
-    if (out / RUN_CONFIG).is_file() and _read_record(out)["data_fingerprint"] != fingerprint:
-        raise UserError(
-            f"--resume: {out} was trained on other rows; what --data reads, or the version of sparsekv that makes "
-            "rows of it, has changed since: begin in another --output_dir"
-        )
+def check_same_inputs(out: Path, record: dict[str, Any]) -> None:
+    """Raise UserError when the run in `out` read something else: files that `--data` and others name have changed."""
+    if not (out / RUN_CONFIG).is_file():
+        return
+    before = _read_record(out)
+    require(
+        before["data_fingerprint"] == record["data_fingerprint"],
+        f"--resume: {out} was trained on other rows; what --data reads, or the version of sparsekv that makes "
+        "rows of it, has changed since: begin in another --output_dir",
+    )
+    require(
+        before.get("teacher_fingerprint") == record["teacher_fingerprint"],  # a version without it had none
+        f"--resume: {out} began as another adapter than is in --teacher_adapter "
+        f"{record['config']['teacher_adapter'] or 'null'} now; give what it had, or begin in another --output_dir",
+    )
 
 
 def check_same_division(checkpoint: Path | None, divided: bool) -> None:
@@ -123,15 +132,17 @@ def removed_if_unused(out: Path) -> Iterator[None]:
         raise
 
 
-def run_record(config: TrainConfig, fingerprint: str, processes: int) -> dict[str, Any]:
-    """What is needed to run this again: options, processes, versions, commit, data."""
+def run_record(config: TrainConfig, data_fingerprint: str, processes: int) -> dict[str, Any]:
+    """What is needed to run this again: options, processes, versions, commit, data, and the teacher's adapter."""
+    teacher = config.teacher_adapter
     packages = ("torch", "transformers", "peft", "kvpress", "accelerate", "datasets")
     return {
         "config": asdict(config),
         "processes": processes,
         "versions": versions(packages),
         "commit": commit(),
-        "data_fingerprint": fingerprint,
+        "data_fingerprint": data_fingerprint,
+        "teacher_fingerprint": None if teacher is None else fingerprint(Path(teacher)),
     }
 
 

@@ -22,7 +22,6 @@ class EvictionPlan:
     rules : the rule's name at each cut (one for the whole sequence in the other geometries).
     keep_ratios : share of the context kept at each cut.
     seed : for the random rules.
-    gap_start, gap : tokens from `gap_start` on stand `gap` positions further away than they do.
     """
 
     geometry: Geometry
@@ -30,8 +29,6 @@ class EvictionPlan:
     rules: tuple[str, ...]
     keep_ratios: tuple[float, ...]
     seed: int = 0
-    gap_start: int = 0
-    gap: int = 0
 
     def __post_init__(self) -> None:
         if self.geometry not in get_args(Geometry):
@@ -60,7 +57,6 @@ class PlanSampler:
         `num_cuts` equal parts with one cut in each.
     ratio_draw : "uniform" draws the keep ratio between the schedule's current value and 1 (that is, the compression
         below its ceiling); "ceiling" takes the schedule's value itself.
-    position_gap : the largest gap in the positions, drawn from 0 on; it opens anywhere in a row.
     """
 
     geometry: Geometry
@@ -70,7 +66,6 @@ class PlanSampler:
     max_cut: float
     ratio_draw: RatioDraw
     seed: int
-    position_gap: int = 0
 
     def check(self, length: int) -> None:
         """Raise UserError unless every cut leaves a context and a suffix in rows of `length` tokens."""
@@ -95,9 +90,7 @@ class PlanSampler:
         draws = max(len(cuts), 1)
         rules = rng.choices(list(self.rules), weights=list(self.rules.values()), k=draws)
         ratios = [rng.uniform(keep_ratio, 1) if self.ratio_draw == "uniform" else keep_ratio for _ in range(draws)]
-        seed = rng.getrandbits(48)
-        gap = (rng.randrange(1, length), rng.randint(0, self.position_gap)) if self.position_gap else ()
-        return EvictionPlan(self.geometry, cuts, tuple(rules), tuple(ratios), seed, *gap)
+        return EvictionPlan(self.geometry, cuts, tuple(rules), tuple(ratios), rng.getrandbits(48))
 
     def _draw_cuts(self, rng: random.Random, length: int) -> tuple[int, ...]:
         first = math.floor(self.min_cut * length)

@@ -18,16 +18,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from sparsekv.data import build_datasets, parse_sources
 from sparsekv.errors import UserError, require
-from sparsekv.models import (
-    PLACEMENTS,
-    attach_lora,
-    check_ids,
-    load_adapter,
-    load_merged,
-    load_model,
-    load_tokenizer,
-    may_make_unknown_ids,
-)
+from sparsekv.models import PLACEMENTS, check_ids, load_model, load_tokenizer, may_make_unknown_ids
 from sparsekv.observe import observing
 from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, StopCallback
 from sparsekv.training.compiled import compile_layers, compile_logit_sums
@@ -37,10 +28,11 @@ from sparsekv.training.eviction import slides
 from sparsekv.training.flash_kernels import active, use_newest_for
 from sparsekv.training.float8 import use_float8
 from sparsekv.training.kv_dropout import KVDropoutContext, attention_modules
+from sparsekv.training.networks import student_and_teacher
 from sparsekv.training.output import (
     alone_in,
-    check_same_data,
     check_same_division,
+    check_same_inputs,
     is_finished,
     prepare_output_dir,
     removed_if_unused,
@@ -90,9 +82,9 @@ def train(config: TrainConfig) -> Path | None:
     )
     _check_tokens(rows, tokenizer, base, config.model)
     set_seed(config.seed)  # the adapter's initialisation does not depend on how the data was read
-    model, teacher = _student_and_teacher(base, config, args)
+    model, teacher = student_and_teacher(base, config, args)
     record = run_record(config, fingerprint, args.world_size) | {"validation_rows": len(rows[1])}
-    check_same_data(out, fingerprint)
+    check_same_inputs(out, record)
     with removed_if_unused(out):
         trainer = _make_trainer(model, teacher, tokenizer, config, args, rows)
         check_same_division(checkpoint, trainer.is_fsdp_enabled)
@@ -121,7 +113,8 @@ def _use_float8(trainer: EITTrainer) -> bool:
     """Let frozen layers compute in float8; where that cannot be, the steps are slower and more exact."""
     try:
         require(not trainer.is_fsdp_enabled, "--float8: does not work with FSDP; start with DDP, or on one GPU")
-        use_float8(trainer.base)
+        for network in filter(None, (trainer.base, trainer.teacher)):
+            use_float8(network)
     except UserError as error:
         logger.warning("%s; going on without it", error)
         return False
@@ -167,9 +160,8 @@ def _run(trainer: EITTrainer, out: Path, record: dict[str, Any], checkpoint: Pat
 
 def _check_length(base: PreTrainedModel, config: TrainConfig) -> None:
     longest = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.max_seq_len + config.position_gap > longest:
-        gap = f" and --position_gap {config.position_gap}" if config.position_gap else ""
-        raise UserError(f"--max_seq_len {config.max_seq_len}{gap}: {config.model} has {longest} positions")
+    if longest is not None and config.max_seq_len > longest:
+        raise UserError(f"--max_seq_len {config.max_seq_len}: {config.model} has {longest} positions")
 
 
 def _check_tokens(
@@ -222,32 +214,6 @@ def _say_what_stays(base: PreTrainedModel, name: str, evicting: Set[int]) -> Non
         layers = ", ".join(map(str, whole))
         reason = "they have a sliding window, or attention of another kind"
         logger.warning("--model %s: layers %s evict nothing: %s", name, layers, reason)
-
-
-def _student_and_teacher(
-    base: PreTrainedModel, config: TrainConfig, args: TrainingArguments
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedModel | None]:
-    """An adapter on the base, which is then its own teacher; or the whole model and a frozen copy of it."""
-    say = print if args.should_log else lambda _: None
-    model: PreTrainedModel | PeftModel = base
-    if config.teacher_adapter is not None:
-        model = load_adapter(base, config.teacher_adapter, is_trainable=True)
-    elif config.lora_r:
-        model = attach_lora(base, config.lora_r, config.lora_alpha, config.lora_targets, config.lora_dropout)
-    if isinstance(model, PeftModel):
-        trainable, total = model.get_nb_trainable_parameters()
-        say(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
-    else:
-        say("trainable parameters: all")
-    own_teacher = config.lora_r and config.teacher_adapter is None  # without its adapter
-    if own_teacher or not config.needs_teacher:
-        return model, None
-    # Under autocast a teacher of half the size computes the same; without it, only one of the student's dtype does.
-    dtype = config.dtype if args.bf16 else str(base.dtype).removeprefix("torch.")
-    teacher = load_model(config.model, dtype, config.device_map, config.trust_remote_code)
-    if config.teacher_adapter is not None:
-        teacher = load_merged(teacher, config.teacher_adapter)
-    return model, teacher.eval().requires_grad_(False)
 
 
 def _make_trainer(

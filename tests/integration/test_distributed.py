@@ -122,7 +122,7 @@ def start(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """Folders of the same run by one process and by two: plain, stopped and resumed, sharded, and all parameters.
+    """Folders of the same run by one process and by two: plain, stopped and resumed, sharded, with a teacher, whole.
 
     The run that gets `more` processes is stopped by one and resumed by two.
     """
@@ -138,6 +138,8 @@ def runs(tmp_path_factory) -> Path:
         assert train(train_config(one, folder / "more")) is None
     half = {"dtype": "bfloat16"}  # of the base, as in the real runs; the adapter stays in float32
     train(train_config({**one, **half}, folder / "one_half"))
+    taught = {"teacher_adapter": str(folder / "one" / "final")}
+    train(train_config({**one, **taught}, folder / "one_taught"))
     ddp, fsdp = (fsdp_environment(ACCELERATE / f"{name}.yaml") for name in ("ddp", "fsdp2"))
     jobs = [
         {"output_dir": "ddp", "options": two, "environment": ddp},
@@ -151,6 +153,8 @@ def runs(tmp_path_factory) -> Path:
         {"output_dir": "ddp_every", "options": {**two, **every}},
         {"output_dir": "fsdp_every", "options": {**two, **every}, "environment": fsdp},
         {"output_dir": "fsdp_half", "options": {**two, **half}, "environment": fsdp},
+        {"output_dir": "ddp_taught", "options": {**two, **taught}},
+        {"output_dir": "fsdp_taught", "options": {**two, **taught}, "environment": fsdp},
     ]
     launch([{**job, "output_dir": str(folder / job["output_dir"])} for job in jobs], folder)
     return folder
@@ -164,7 +168,14 @@ def adapter(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "final" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize(("one", "name"), [("one", "ddp"), ("one", "more"), ("one", "fsdp"), ("one_half", "fsdp_half")])
+@pytest.mark.parametrize(
+    ("one", "name"),
+    [
+        *(("one", name) for name in ("ddp", "more", "fsdp")),
+        ("one_half", "fsdp_half"),
+        *(("one_taught", name) for name in ("ddp_taught", "fsdp_taught")),
+    ],
+)
 def test_two_processes_equal_one(runs, one, name):
     assert_same(runs / one, runs / name)
 

@@ -207,6 +207,18 @@ def test_short_runs_compare_nothing_that_failed_this_time(project):
     assert not any(" compare " in call for call in calls)
 
 
+def test_a_short_run_waits_for_the_one_that_trains_its_teacher(project):
+    ended, calls = run(project, "short_runs.sh", "pilots", "taught", GPUS="3", RUNS="4")
+    assert ended.returncode == 0, ended.stderr
+    trained = [value(call, "--output_dir").removeprefix("out/pilots/") for call in calls if " train " in call]
+    assert trained[0] == "control1_lr2"
+    assert sorted(trained[1:]) == ["control10_taught", "taught"]
+    ended, calls = run(project, "short_runs.sh", "pilots", "taught10", GPUS="3", RUNS="4", FAIL="control1_lr2_500 ")
+    assert ended.returncode != 0
+    assert sum(" train " in call for call in calls) == 1
+    assert "its teacher failed: control1_lr2_500" in (project / "out/pilots/log/taught10.log").read_text()
+
+
 def test_pilots_are_asked_other_rows_than_ablations(project):
     """What chooses a recipe shares no row with what reports it."""
     rows = {}
