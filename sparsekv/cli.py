@@ -11,6 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, cast, get_args, get_type_hints
 
@@ -19,6 +20,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 from sparsekv.cluster.config import CLUSTER, PIPELINE
 from sparsekv.commands import COMMANDS
 from sparsekv.errors import LostProcessError, UserError
+from sparsekv.yaml_keys import check_keys
 
 
 def make_parser(commands: Iterable[str] = COMMANDS) -> ArgumentParser:
@@ -139,11 +141,21 @@ def check_anchors(file: str) -> None:
             raise UserError(f"--anchors {file}: {one_line(error).removeprefix('--config: ')}") from error
 
 
+def check_mapping(flag: str, value: str) -> None:
+    """Raise UserError for a mapping, typed or in a file of options, that gives a key twice."""
+    if flag.startswith("--") and value.startswith("{"):
+        check_keys(value, f"{flag} {value}")
+    elif flag in ("--config", "--anchors"):
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # said by who reads it
+            check_keys(Path(value).read_text("utf-8"), f"{flag} {value}")
+
+
 def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The command and the values of its options."""
     parser = make_parser(arguments[:1])
     words = files_first(spell_out_switches(with_underscores(arguments)))
     for flag, value in itertools.pairwise(words):
+        check_mapping(flag, value)
         if flag == "--anchors" and not value.startswith(("{", "--")):
             check_anchors(value)
     with reading("--config"):

@@ -10,6 +10,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from sparsekv.errors import UserError, require
+from sparsekv.yaml_keys import check_keys
 
 T = TypeVar("T")
 
@@ -20,16 +21,18 @@ def read_yaml(path: Path, flag: str) -> dict[str, Any]:
     Raises
     ------
     UserError
-        Names the flag and the file: it is missing, or not YAML, or no mapping.
+        Names the flag and the file: it is missing, or not YAML, or no mapping, or gives a key twice.
     """
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{flag} {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except yaml.YAMLError as error:
         raise UserError(f"{flag} {path}: is not YAML: {' '.join(str(error).split())}") from error
     content = {} if content is None else content
     require(isinstance(content, dict), f"{flag} {path}: must hold `key: value` lines")
+    check_keys(text, f"{flag} {path}")
     return content
 
 

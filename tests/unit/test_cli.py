@@ -630,6 +630,38 @@ def test_null_is_no_value(options, tmp_path, capsys, command, name):
     assert line == f"sparsekv: --{name} null: give a value, or leave it out"
 
 
+@pytest.mark.parametrize("spelled", ["--config {file}", "--config={file}"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("max_steps: 1\nlr: 1e-3\nmax_steps: 2\n", "max_steps twice, again in line 3"),
+        ("anchors:\n  sink_size: 1\n  sink_size: 1\n", "sink_size twice, again in line 3"),
+        ("data: {a: 1, b: 1, a: 2}\n", "a twice"),
+    ],
+)
+def test_a_key_twice_in_a_file(tmp_path, capsys, spelled, text, said):
+    file = tmp_path / "options.yaml"
+    file.write_text(text)
+    line = failure(capsys, "train", *spelled.format(file=file).split())
+    assert line == f"sparsekv: --config {file}: gives {said}; keep one"
+
+
+def test_a_key_twice_in_other_places(tmp_path, capsys):
+    (tmp_path / "anchors.yaml").write_text("sink_size: 1\n\nsink_size: 2\n")
+    line = failure(capsys, "eval", "--anchors", str(tmp_path / "anchors.yaml"))
+    assert line == f"sparsekv: --anchors {tmp_path}/anchors.yaml: gives sink_size twice, again in line 3; keep one"
+    line = failure(capsys, "train", "--data", "{pydoc: 1, pydoc: 2}")
+    assert line == "sparsekv: --data {pydoc: 1, pydoc: 2}: gives pydoc twice; keep one"
+
+
+def test_the_same_key_in_two_mappings(options, tmp_path, capsys):
+    """And an alias, which is one mapping in two places; the refusal is of something else."""
+    (tmp_path / "options.yaml").write_text("rules: &all {knorm: 1, random: 2}\ndata: {knorm: 1}\nlora_r: -1\n")
+    arguments = ["--model", options["model"], "--output_dir", str(tmp_path / "out")]
+    line = failure(capsys, "train", "--config", str(tmp_path / "options.yaml"), *arguments)
+    assert line == "sparsekv: --lora_r -1: must be at least 0"
+
+
 # ---- as a process ----
 
 

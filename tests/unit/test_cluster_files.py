@@ -66,6 +66,7 @@ def test_the_environment_wins(file):
         ("conda: sparsekv", "conda: must be a list"),
         ("- account", "must hold `key: value` lines"),
         ("a: [", "is not YAML"),
+        ("account: a\nconda: [x]\naccount: b", "gives account twice, again in line 3; keep one"),
         ("sbatch: [exclude=n1]", "is no --option"),
         ("sbatch: [--dependency=singleton]", "is set by sparsekv submit"),
         ("sbatch: ['--wrap=rm']", "is set by sparsekv submit"),

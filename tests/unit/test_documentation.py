@@ -64,6 +64,7 @@ LAYERS = [  # a file imports from lower layers, from its own, and never from a h
         "anchor_config",
         "token_classes",
         "files",
+        "yaml_keys",
         "tokens",
         "prompts",
         "cuda_graph",
