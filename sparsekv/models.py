@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -170,7 +171,8 @@ def load_adapter(
         No adapter there, one that adds tokens instead of weights, or one that was trained on another base: every
         weight must find its place.
     """
-    saved = _check_adapter_files(Path(adapter), flag)
+    adapter_settings(adapter, flag)
+    saved = _weight_names(Path(adapter), flag)
     unfit = f"{flag} {adapter}: does not fit {_as_typed(str(model.name_or_path))}"
     try:
         wrapped = PeftModel.from_pretrained(model, str(adapter), is_trainable=is_trainable)
@@ -183,27 +185,40 @@ def load_adapter(
     return wrapped
 
 
-def load_merged(model: PreTrainedModel, adapter: str | Path, flag: str = "--adapter") -> PreTrainedModel:
+def load_merged(model: PreTrainedModel, adapter: str | Path) -> PreTrainedModel:
     """`model` with the trained adapter in folder `adapter` merged into its weights.
+
+    Embeddings that are one weight become two where the adapter changes one of them.
 
     Raises
     ------
     UserError
         As `load_adapter`; or a kind of adapter whose weights depend on the text.
     """
-    wrapped: Any = load_adapter(model, adapter, flag)
+    wrapped: Any = load_adapter(model, adapter)
+    _untie_adapted(model)
     try:
         return wrapped.merge_and_unload()
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{flag} {adapter}: cannot be merged into its base: {_gist(error)}") from error
+        raise UserError(f"--adapter {adapter}: cannot be merged into its base: {_gist(error)}") from error
 
 
-def _check_adapter_files(adapter: Path, flag: str) -> set[str]:
-    """Names of the adapter's weights; raise UserError unless its files can be read, and are of a kind that merges."""
+def _untie_adapted(model: PreTrainedModel) -> None:
+    """Give the output embeddings a weight of their own where merging an adapter would change that of both."""
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    adapted = any(isinstance(end, BaseTunerLayer) for end in ends)
+    head = getattr(ends[1], "base_layer", ends[1])
+    if adapted and head.weight is getattr(ends[0], "base_layer", ends[0]).weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+
+
+def adapter_settings(adapter: str | Path, flag: str = "--adapter") -> dict[str, Any]:
+    """What adapter_config.json says; raise UserError unless it is of an adapter that merges, with weights beside it."""
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        require((adapter / file).is_file(), f"{flag} {adapter}: this folder holds no adapter (no {file})")
+        require((Path(adapter) / file).is_file(), f"{flag} {adapter}: this folder holds no adapter (no {file})")
     try:
-        config = json.loads((adapter / ADAPTER_CONFIG).read_bytes())
+        config = json.loads((Path(adapter) / ADAPTER_CONFIG).read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {adapter}: {ADAPTER_CONFIG} cannot be read ({_gist(error)})") from error
     kind: Any = config.get("peft_type") if isinstance(config, dict) else None
@@ -211,6 +226,10 @@ def _check_adapter_files(adapter: Path, flag: str) -> set[str]:
     require(known, f"{flag} {adapter}: {ADAPTER_CONFIG} has peft_type {kind}; it must be one of peft's, as LORA is")
     merges = hasattr(PEFT_TYPE_TO_TUNER_MAPPING[kind], "merge_and_unload")
     require(merges, f"{flag} {adapter}: adds tokens, not weights ({kind}); give one that can be merged, as LORA is")
+    return config
+
+
+def _weight_names(adapter: Path, flag: str) -> set[str]:
     try:
         with safe_open(adapter / ADAPTER_WEIGHTS, "pt") as weights:
             return set(weights.keys())

@@ -38,7 +38,7 @@ class EITTrainer(Trainer):
     """`transformers.Trainer` whose loss compares a student under eviction with the full-cache base model.
 
     Rows carry `input_ids` (Long[B, L]) and optionally `attention_mask`; padded ones need `lambda_selection=0`. The
-    teacher is the base with the adapter disabled, or `teacher` when every parameter is trained.
+    teacher is `teacher`, or without one the base with the adapter disabled.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class EITTrainer(Trainer):
     tokenizer : PreTrainedTokenizerBase
     args : TrainingArguments
     teacher : PreTrainedModel, optional
-        A frozen model; needed exactly when `model` is no PeftModel and a loss has a teacher (`config.needs_teacher`).
+        A frozen model; needed when `model` is no PeftModel and a loss has a teacher (`config.needs_teacher`).
     **kwargs
         Of `transformers.Trainer`.
 

@@ -69,7 +69,7 @@ TRAINED = (
     "{min_keep_ratio} ({scheduler_mode}), geometry {geometry}."
 )
 CONTROL = "A control: trained on the same data, steps and loss as an eviction-invariant model, but without eviction."
-BEGUN = " It began as an adapter that was trained before, `{}`, and its teacher is the base with that."
+BEGUN = " It began as the adapter in `{}`; a teacher, where the loss has one, stays that."
 
 
 def model_card(record: dict[str, Any], log_history: list[dict[str, float]]) -> str:
@@ -81,7 +81,7 @@ def model_card(record: dict[str, Any], log_history: list[dict[str, float]]) -> s
     if config["lora_r"] and config["model"] == DEMO_MODEL:
         usage = USAGE_DEMO_MODEL
     what = CONTROL if config["control"] else TRAINED.format(**config)
-    if config.get("teacher_adapter"):  # an older record has none
+    if config.get("teacher_adapter"):  # which an older record does not have
         what += BEGUN.format(config["teacher_adapter"])
     best = min(evaluations, key=lambda line: line["eval_evicted_ppl"])
     return TEMPLATE.format(

@@ -76,9 +76,9 @@ def check_same_inputs(out: Path, record: dict[str, Any]) -> None:
         "rows of it, has changed since: begin in another --output_dir",
     )
     require(
-        before.get("teacher_fingerprint") == record["teacher_fingerprint"],  # a version without it had none
-        f"--resume: {out} began as another adapter than is in --teacher_adapter "
-        f"{record['config']['teacher_adapter'] or 'null'} now; give what it had, or begin in another --output_dir",
+        before.get("teacher_fingerprint") == record["teacher_fingerprint"],
+        f"--resume: {out} began as another adapter than lies in --teacher_adapter "
+        f"{record['config']['teacher_adapter']} now: begin in another --output_dir",
     )
 
 

@@ -10,7 +10,6 @@ FINAL = "final"
 BEFORE = {"lambda_ce_context": 0.0}  # what runs did before an option existed, where that is not its default
 MAY_CHANGE_ON_RESUME = {
     *("resume", "save_steps", "eval_steps", "logging_steps", "report_to", "output_dir", "device_map", "compile"),
-    "teacher_adapter",  # a path; what lies there is compared
 }
 
 

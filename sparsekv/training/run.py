@@ -26,9 +26,9 @@ from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.eviction import slides
 from sparsekv.training.flash_kernels import active, use_newest_for
-from sparsekv.training.float8 import use_float8
+from sparsekv.training.float8 import drop_float8, use_float8
 from sparsekv.training.kv_dropout import KVDropoutContext, attention_modules
-from sparsekv.training.networks import student_and_teacher
+from sparsekv.training.networks import check_teacher_adapter, student_and_teacher
 from sparsekv.training.output import (
     alone_in,
     check_same_division,
@@ -66,6 +66,7 @@ def train(config: TrainConfig) -> Path | None:
     args.distributed_state.wait_for_everyone()  # no process writes before every one has looked
     if is_finished(out):
         return out / FINAL  # resumed, and nothing is left to do
+    check_teacher_adapter(config)
     args.eval_on_start = checkpoint is None
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     dtype = "float32" if config.dtype == "auto" and not config.lora_r else config.dtype  # bfloat16 loses small steps
@@ -111,11 +112,14 @@ def _speed_up(trainer: EITTrainer, teacher: PreTrainedModel | None, config: Trai
 
 def _use_float8(trainer: EITTrainer) -> bool:
     """Let frozen layers compute in float8; where that cannot be, the steps are slower and more exact."""
+    networks = [network for network in (trainer.base, trainer.teacher) if network is not None]
     try:
         require(not trainer.is_fsdp_enabled, "--float8: does not work with FSDP; start with DDP, or on one GPU")
-        for network in filter(None, (trainer.base, trainer.teacher)):
+        for network in networks:
             use_float8(network)
     except UserError as error:
+        for network in networks:
+            drop_float8(network)
         logger.warning("%s; going on without it", error)
         return False
     return True

@@ -2,15 +2,16 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import run_options, train_config
+from tiny import run_options, save_tiny, train_config
 from transformers import TrainerCallback
 
 from sparsekv.errors import UserError
@@ -68,7 +69,7 @@ def test_the_student_begins_as_the_adapter_and_the_teacher_stays_it(options, fir
     adapted = logits(load_adapter(load_model(options["model"]), first))
     assert not torch.allclose(adapted, logits(load_model(options["model"])), atol=1e-2)
     assert torch.equal(seen["student"], adapted)
-    torch.testing.assert_close(seen["teacher"], adapted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(seen["teacher"], adapted)
     assert torch.equal(logits(trainer.teacher), seen["teacher"])
     assert not any(weight.requires_grad for weight in trainer.teacher.parameters())
     assert all(("lora_" in name) == weight.requires_grad for name, weight in trainer.model.named_parameters())
@@ -78,6 +79,8 @@ def test_the_student_begins_as_the_adapter_and_the_teacher_stays_it(options, fir
     torch.testing.assert_close(
         logits(PeftModel.from_pretrained(load_model(options["model"]), final)), logits(trainer.model)
     )
+    settings = json.loads((final / "adapter_config.json").read_text("utf-8"))
+    assert settings["base_model_name_or_path"] == options["model"]
     assert f"`{first}`" in (final / "README.md").read_text("utf-8")
 
 
@@ -93,11 +96,24 @@ def test_its_first_step_is_that_of_a_new_adapter_on_the_merged_model(options, fi
     assert min(figures(tmp_path / "one")[1][name] for name in ("kl", "selection")) > 1e-4
 
 
-def test_a_control_begins_at_its_teacher(options, first, tmp_path):
-    train(second(options, tmp_path / "out", first, control=True, max_steps=1))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj", "o_proj"], ["q_proj", "lm_head"], ["embed_tokens"]])
+def test_a_control_begins_at_its_teacher(options, tmp_path, dtype, targets):
+    """In either dtype; also where an adapter changes one end of a model whose embeddings are one weight."""
+    model = save_tiny(tmp_path / "base", tie_word_embeddings=True)
+    changes = {"model": model, "lora_targets": targets, "dtype": dtype, "control": True}
+    if targets == ["embed_tokens"]:  # no option makes one
+        kind = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+        first = tmp_path / "first"
+        get_peft_model(load_model(model), kind).save_pretrained(first)
+    else:
+        first = train(train_config(options, tmp_path / "first", **changes))
+    train(second(options, tmp_path / "out", first, **changes, max_steps=1))
     line = figures(tmp_path / "out")[1]
     assert line["kl"] == pytest.approx(0, abs=1e-6)
     assert line["kl_context"] == pytest.approx(0, abs=1e-6)
+    apart = load_adapter(load_model(model), first), load_model(model)
+    assert not torch.allclose(*map(logits, apart), atol=1e-2)
 
 
 def test_without_a_loss_that_needs_one_there_is_no_teacher(options, first, tmp_path, monkeypatch):
@@ -110,7 +126,7 @@ def test_without_a_loss_that_needs_one_there_is_no_teacher(options, first, tmp_p
     assert teachers == [None]
 
 
-def test_a_shipped_adapter_in_half_precision_is_trained_in_full(options, adapter, tmp_path, monkeypatch):
+def test_a_shipped_adapter_in_half_precision_is_trained_in_full(options, adapter, tmp_path):
     weights = load_file(adapter / WEIGHTS)
     save_file({name: weight.bfloat16() for name, weight in weights.items()}, adapter / WEIGHTS, {"format": "pt"})
     final = train(second(options, tmp_path / "out", adapter, dtype="bfloat16", max_steps=1))
@@ -142,46 +158,66 @@ def half(options, adapter, tmp_path, monkeypatch) -> Path:
     return tmp_path / "half"
 
 
-def test_resumed_it_ends_as_if_it_had_not_stopped(options, first, half, adapter, tmp_path):
-    """The folder of the first adapter may have moved."""
-    adapter.rename(tmp_path / "elsewhere")
-    train(second(options, tmp_path / "whole", first))
-    train(second(options, half, tmp_path / "elsewhere", resume=True))
+def test_resumed_it_ends_as_if_it_had_not_stopped(options, half, adapter, tmp_path):
+    train(second(options, tmp_path / "whole", adapter))
+    train(second(options, half, adapter, resume=True))
     one, other = (load_file(out / "final" / WEIGHTS) for out in (tmp_path / "whole", half))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert figures(tmp_path / "whole") == figures(half)
 
 
-@pytest.mark.parametrize("now", ["changed", None])
-def test_another_adapter_is_not_resumed_from(options, half, adapter, now):
+def test_another_teacher_is_not_resumed_with(options, first, half, adapter):
+    """Another folder or none, as with any option; and another adapter in the same."""
+    before = {path: path.stat().st_mtime_ns for path in half.rglob("*")}
+    for given, said in ((str(first), f"'{first}'"), (None, "None")):
+        changed = f"was trained with other options: --teacher_adapter {said} (was '{adapter}')"
+        with pytest.raises(UserError, match="^" + re.escape(f"--resume: {half} {changed}")):
+            train(train_config(options, half, teacher_adapter=given, resume=True))
     weights = load_file(adapter / WEIGHTS)
     save_file({name: weight + 1e-3 for name, weight in weights.items()}, adapter / WEIGHTS, {"format": "pt"})
-    before = {path: path.stat().st_mtime_ns for path in half.rglob("*")}
-    given = str(adapter) if now else None
-    message = (
-        f"^--resume: {half} began as another adapter than is in --teacher_adapter {given or 'null'} now; give what"
-    )
-    with pytest.raises(UserError, match=message):
-        train(train_config(options, half, teacher_adapter=given, resume=True))
+    with pytest.raises(
+        UserError, match=f"^--resume: {half} began as another adapter than lies in .* {adapter} now: begin"
+    ):
+        train(second(options, half, adapter, resume=True))
     assert {path: path.stat().st_mtime_ns for path in half.rglob("*")} == before
 
 
+def test_a_finished_run_is_that_of_its_teacher(options, adapter, first, tmp_path):
+    """And needs it no more."""
+    final = train(second(options, tmp_path / "out", adapter, max_steps=1))
+    shutil.rmtree(adapter)
+    assert train(second(options, tmp_path / "out", adapter, max_steps=1, resume=True)) == final
+    with pytest.raises(UserError, match=r"other options: --teacher_adapter None \(was "):
+        train(train_config(options, tmp_path / "out", max_steps=1, resume=True))
+
+
+# ---- refusals ----
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "made"),
     [
-        ({"lora_r": 8}, "--lora_r 8: --teacher_adapter {adapter} has 4; give that"),
-        ({"lora_alpha": 4}, "--lora_alpha 4: --teacher_adapter {adapter} has 8; give that"),
-        ({"lora_dropout": 0.1}, "--lora_dropout 0.1: --teacher_adapter {adapter} has 0.0; give that"),
-        (
-            {"lora_targets": ["v_proj", "q_proj"]},
-            r"--lora_targets \[q_proj, v_proj\]: --teacher_adapter {adapter} has \[k_proj, o_proj, q_proj, v_proj\]",
-        ),
+        ({"lora_r": 8, "lora_alpha": 4}, "--lora_r 4, --lora_alpha 8"),
+        ({"lora_dropout": 0.1}, "--lora_dropout 0.0"),
+        ({"lora_targets": ["v_proj", "q_proj"]}, "--lora_targets [k_proj, o_proj, q_proj, v_proj]"),
     ],
 )
-def test_other_lora_options_are_refused(options, first, tmp_path, changes, message):
-    with pytest.raises(UserError, match=f"^{message.format(adapter=first)}"):
+def test_other_lora_options_are_refused(options, first, tmp_path, changes, made):
+    with pytest.raises(UserError) as error:
         train(second(options, tmp_path / "out", first, **changes))
+    assert str(error.value) == f"--teacher_adapter {first}: was made with {made}; give the same"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pattern_in_place_of_names(options, adapter, tmp_path):
+    """peft allows it; no option could ask for the same."""
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ".*(q|k|v|o)_proj"}))
+    with pytest.raises(UserError) as error:
+        train(second(options, tmp_path / "out", adapter))
+    said = "was made for .*(q|k|v|o)_proj; one is wanted whose target_modules are names"
+    assert str(error.value) == f"--teacher_adapter {adapter}: {said}"
     assert not (tmp_path / "out").exists()
 
 

@@ -301,8 +301,28 @@ def test_a_run_without_such_a_gpu_goes_on(tmp_path, caplog, monkeypatch):
 
 
 def test_a_divided_model_goes_on_without_it(caplog):
-    run._use_float8(SimpleNamespace(is_fsdp_enabled=True))
+    run._use_float8(SimpleNamespace(is_fsdp_enabled=True, base=make_tiny("llama"), teacher=None))
     assert caplog.messages == ["--float8: does not work with FSDP; start with DDP, or on one GPU; going on without it"]
+
+
+@pytest.mark.parametrize("fails", [None, 0, 1])
+def test_a_teacher_of_its_own_is_changed_with_the_student_or_neither(monkeypatch, fails):
+    """Whichever of the two cannot be."""
+    networks = [make_tiny("llama").requires_grad_(False) for _ in range(2)]
+    plain = float8.use_float8
+
+    def use(network):
+        plain(network)
+        if fails is not None and network is networks[fails]:
+            raise UserError("--float8: cannot be")
+
+    monkeypatch.setattr(float8, "_check_device", lambda device: None)
+    monkeypatch.setattr(run, "use_float8", use)
+    trainer = SimpleNamespace(is_fsdp_enabled=False, base=networks[0], teacher=networks[1])
+    assert run._use_float8(trainer) == (fails is None)
+    for network in networks:
+        kinds = {type(module).__name__ for module in network.modules()}
+        assert ("FrozenLinear" in kinds) == (fails is None)
 
 
 def test_an_older_gpu_is_told_in_one_line(monkeypatch):

@@ -15,7 +15,7 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, make_tiny
+from tiny import FAMILIES, make_tiny, save_tiny
 
 from sparsekv import models
 from sparsekv.errors import UserError
@@ -281,6 +281,16 @@ def test_merged_model_equals_the_adapted_one(base, adapter, tmp_path, tiny_token
     assert load_tokenizer(str(tmp_path / "merged")).get_vocab() == tiny_tokenizer.get_vocab()
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "merged"}
     assert not list((tmp_path / "merged").glob("adapter*"))
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["q_proj", "lm_head", "embed_tokens"]])
+def test_embeddings_that_are_one_weight_are_merged_apart(tmp_path, targets):
+    model = save_tiny(tmp_path / "base", tie_word_embeddings=True)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, init_lora_weights=False)
+    get_peft_model(load_model(model), config).save_pretrained(tmp_path / "adapter")
+    merge_adapter(model, tmp_path / "adapter", tmp_path / "merged")
+    adapted = logits(PeftModel.from_pretrained(load_model(model), tmp_path / "adapter").eval())
+    torch.testing.assert_close(logits(load_model(str(tmp_path / "merged"))), adapted, atol=1e-5, rtol=1e-5)
 
 
 def test_merge_overwrites_nothing(base, adapter, tmp_path):
