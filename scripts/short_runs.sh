@@ -27,23 +27,27 @@ lines=configs/$kind.txt
 failed=0
 
 one() { # NAME CONTROL [option ...]
-    local name=$1 log=out/$kind/log/$1.log
+    local name=$1 mark=out/$kind/log/$1
     shift 2
-    { wait_for_teacher "$@" && train "$name" "$@" && evaluations "$name" | xargs -P "$PROCESSES" -L 1 sparsekv eval; } >> "$log" 2>&1 &&
-        touch "${log%.log}.done" && return
-    echo "scripts/short_runs.sh: $name failed: $log" >&2
-    touch "${log%.log}.failed"
+    { wait_for_teacher "$@" && train "$name" "$@" && rm -f "$mark.due" &&
+        evaluations "$name" | xargs -P "$PROCESSES" -L 1 sparsekv eval; } >> "$mark.log" 2>&1 &&
+        touch "$mark.done" && return
+    echo "scripts/short_runs.sh: $name failed: $mark.log" >&2
+    touch "$mark.failed"
     return 1
 }
 
-wait_for_teacher() { # [option ...]
-    local run
-    while (($#)) && [[ $1 != --teacher_adapter ]]; do shift; done
-    run=$(basename "$(dirname "${2:-}")")
-    while (($#)) && [[ ! -e $2/eit_config.json ]]; do
-        [[ ! -e out/$kind/log/$run.failed ]] || { echo "its teacher failed: $run" && return 1; }
+wait_for_teacher() { # [option ...]: until the run that trains it has, if it is one of these
+    local mark
+    mark=out/$kind/log/$(teacher_of "$@")
+    while [[ -e $mark.due ]]; do
+        [[ ! -e $mark.failed ]] || { echo "its teacher failed: $mark.log" && return 1; }
         sleep 1
     done
+}
+
+teacher_of() { # [option ...]: the name of the run that trains it
+    sed -nE 's:.*--teacher_adapter [^ ]*/([^/ ]+)/final.*:\1:p' <<< "$*"
 }
 
 train() { # NAME [option ...]
@@ -102,20 +106,30 @@ chosen() { # [NAME ...]: their lines after those of their controls, each once; w
 list=$(chosen "$@")
 find_gpus
 mkdir -p "out/$kind/log"
-while read -r name _; do rm -f "out/$kind/log/$name".{done,failed}; done <<< "$list"
+while read -r name _ options; do
+    teacher=$(teacher_of "$options")
+    if [[ -n $teacher && ! -e out/$kind/$teacher/final ]] && ! grep -q "^$teacher " <<< "$list"; then
+        echo "scripts/short_runs.sh $name: no line of $lines trains its teacher, $teacher" >&2
+        exit 2
+    fi
+    rm -f "out/$kind/log/$name".{done,failed}
+    touch "out/$kind/log/$name.due"
+done <<< "$list"
 make_texts
 PROCESSES=${PROCESSES:-1}
 number PROCESSES "$PROCESSES"
-export -f wait_for_teacher train evaluations needles evaluate
+export -f wait_for_teacher teacher_of train evaluations needles evaluate
 export PROCESSES kind steps seed text rows tasks presses ratios
 each_on_a_gpu "${RUNS:-4}" <<< "$list" || failed=1
 done_with() { [[ -e out/$kind/log/$1.done ]]; }
-while read -r name control _; do
+while read -r name control options; do
     if [[ $control == - ]] || ! { done_with base && done_with "$control" && done_with "$name"; }; then
         continue
     fi
     sparsekv compare "out/$kind/eval/"{base,"$control","$name"} --output "results/$kind/$name"
     keep_record "out/$kind/$name" "results/$kind/$name/training/$name"
-    keep_record "out/$kind/$control" "results/$kind/training/$control"
+    for other in "$control" $(teacher_of "$options"); do
+        keep_record "out/$kind/$other" "results/$kind/training/$other"
+    done
 done <<< "$list"
 exit "$failed"

@@ -213,10 +213,34 @@ def test_a_short_run_waits_for_the_one_that_trains_its_teacher(project):
     trained = [value(call, "--output_dir").removeprefix("out/pilots/") for call in calls if " train " in call]
     assert trained[0] == "control1_lr2"
     assert sorted(trained[1:]) == ["control10_taught", "taught"]
-    ended, calls = run(project, "short_runs.sh", "pilots", "taught10", GPUS="3", RUNS="4", FAIL="control1_lr2_500 ")
+    kept = {path.parent.name for path in (project / "results/pilots/training").glob("*/eit_config.json")}
+    assert kept == {"control1_lr2", "control10_taught"}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_short_run_whose_teacher_failed(project, again):
+    """Also where an earlier call has left one."""
+    if again:
+        run(project, "short_runs.sh", "pilots", "taught10", GPUS="3")
+    failing = "--output_dir out/pilots/control1_lr2_500 "
+    ended, calls = run(project, "short_runs.sh", "pilots", "taught10", GPUS="3", RUNS="4", FAIL=failing)
     assert ended.returncode != 0
-    assert sum(" train " in call for call in calls) == 1
-    assert "its teacher failed: control1_lr2_500" in (project / "out/pilots/log/taught10.log").read_text()
+    assert [value(call, "--output_dir") for call in calls if " train " in call] == ["out/pilots/control1_lr2_500"]
+    said = "its teacher failed: out/pilots/log/control1_lr2_500.log"
+    assert said in (project / "out/pilots/log/taught10.log").read_text()
+    assert not any(" compare " in call for call in calls)
+
+
+def test_a_teacher_that_no_line_trains(project):
+    file = project / "configs/pilots.txt"
+    file.write_text(file.read_text() + "new - --teacher_adapter out/pilots/typo/final\n")
+    ended, calls = run(project, "short_runs.sh", "pilots", "new", GPUS="3")
+    said = "scripts/short_runs.sh new: no line of configs/pilots.txt trains its teacher, typo\n"
+    assert (ended.returncode, ended.stderr) == (2, said)
+    assert not calls
+    (project / "out/pilots/typo/final").mkdir(parents=True)
+    ended, calls = run(project, "short_runs.sh", "pilots", "new", GPUS="3")
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_pilots_are_asked_other_rows_than_ablations(project):
