@@ -9,7 +9,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 
 from sparsekv.errors import UserError, require
 from sparsekv.inference.anchor_cache import AnchorCache
@@ -81,6 +90,19 @@ class TimedStreamer(TextStreamer):
         count, seconds = len(self.times) - 1, self.times[-1] - self.times[1]
         rate = f", {(count - 1) / seconds:.1f} tokens/s" if count > 1 else ""
         return f"{count:,} tokens{rate}"
+
+
+class OnlyNumbers(LogitsProcessor):
+    """Raises UserError where a model that has diverged gives no numbers: there is no token to choose."""
+
+    def __init__(self, config: ChatConfig) -> None:
+        self.who = f"--model {config.model}" if config.adapter is None else f"--adapter {config.adapter}"
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # [1, V]
+        require(
+            not bool(scores.isnan().any()), f"{self.who}: its output is not a number; give one that has not diverged"
+        )
+        return scores
 
 
 class Session:
@@ -161,7 +183,10 @@ class Session:
         streamer = TimedStreamer(self.tokenizer)
         model: Any = self.model
         mask = torch.ones_like(self.ids)
-        self.ids = model.generate(self.ids, attention_mask=mask, past_key_values=self.cache, streamer=streamer)
+        numbers = LogitsProcessorList([OnlyNumbers(self.config)])
+        self.ids = model.generate(
+            self.ids, attention_mask=mask, past_key_values=self.cache, streamer=streamer, logits_processor=numbers
+        )
         if int(self.ids[0, -1]) in self.ends:  # what follows an answer in the template says it
             self.ids = self.ids[:, :-1]
         return streamer

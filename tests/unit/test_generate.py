@@ -303,6 +303,24 @@ def test_a_tokenizer_of_a_larger_model(folder, tmp_path, capsys):
     assert not printed.out
 
 
+@pytest.mark.parametrize("more", [[], ["--temperature", "1"], ["--keep", "full"]])
+@pytest.mark.parametrize("by_adapter", [False, True])
+def test_a_model_that_has_diverged(folder, tmp_path, capsys, more, by_adapter):
+    model = load_model(str(folder))
+    if by_adapter:
+        model = attach_lora(model, 4, 8, ["v_proj"])
+    for name, weight in model.named_parameters():
+        if "v_proj" in name:
+            torch.nn.init.constant_(weight, float("nan"))
+    model.save_pretrained(tmp_path / "bad")
+    load_tokenizer(str(folder)).save_pretrained(tmp_path / "bad")
+    flag = "--adapter" if by_adapter else "--model"
+    run(*flags(folder, flag, str(tmp_path / "bad"), *more), status=2)
+    printed = capsys.readouterr()
+    (line,) = messages(printed.err)
+    assert line == f"sparsekv: {flag} {tmp_path}/bad: its output is not a number; give one that has not diverged"
+
+
 @pytest.mark.parametrize(("content", "said"), [(b"", "holds no text"), (b" \n", "holds no text"), (b"\xc6", "0xc6")])
 def test_files_that_hold_no_text(folder, capsys, tmp_path, content, said):
     (tmp_path / "bad.txt").write_bytes(content)
