@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
@@ -141,9 +141,10 @@ def check_anchors(file: str) -> None:
             raise UserError(f"--anchors {file}: {one_line(error).removeprefix('--config: ')}") from error
 
 
-def check_mapping(flag: str, value: str) -> None:
-    """Raise UserError for a mapping, typed or in a file of options, that gives a key twice."""
-    if flag.startswith("--") and value.startswith("{"):
+def check_mapping(flag: str, value: str, kind: Any) -> None:
+    """Raise UserError for a mapping, typed or in a file of options, that gives a key twice; `kind` is the option's."""
+    mapping = any(get_origin(part) is dict or dataclasses.is_dataclass(part) for part in (kind, *get_args(kind)))
+    if mapping and value.startswith("{"):
         check_keys(value, f"{flag} {value}")
     elif flag in ("--config", "--anchors"):
         with contextlib.suppress(OSError, UnicodeDecodeError):  # said by who reads it
@@ -154,8 +155,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The command and the values of its options."""
     parser = make_parser(arguments[:1])
     words = files_first(spell_out_switches(with_underscores(arguments)))
+    kinds = dict(known_flags(arguments))
     for flag, value in itertools.pairwise(words):
-        check_mapping(flag, value)
+        check_mapping(flag, value, kinds.get(flag))
         if flag == "--anchors" and not value.startswith(("{", "--")):
             check_anchors(value)
     with reading("--config"):

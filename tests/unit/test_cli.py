@@ -652,6 +652,13 @@ def test_a_key_twice_in_other_places(tmp_path, capsys):
     assert line == f"sparsekv: --anchors {tmp_path}/anchors.yaml: gives sink_size twice, again in line 3; keep one"
     line = failure(capsys, "train", "--data", "{pydoc: 1, pydoc: 2}")
     assert line == "sparsekv: --data {pydoc: 1, pydoc: 2}: gives pydoc twice; keep one"
+    line = failure(capsys, "train", "--anchors", "{sink_size: 1, sink_size: 2}")
+    assert line == "sparsekv: --anchors {sink_size: 1, sink_size: 2}: gives sink_size twice; keep one"
+
+
+def test_text_that_looks_like_a_mapping_is_text(capsys):
+    line = failure(capsys, "generate", "--question", "{a: 1, a: 2}")
+    assert line == "sparsekv: --model is missing: a Hub name, a local folder, or smollm2-135m"
 
 
 def test_the_same_key_in_two_mappings(options, tmp_path, capsys):
