@@ -31,15 +31,16 @@ plain = CellFolder.append
 
 def note(self, records):
     records = list(records)
+    (folder / f"begun-{{task}}").touch()
+    while len(list(folder.glob("begun-*"))) < 2 and time.monotonic() < until:  # loading takes one longer than the other
+        time.sleep(0.05)
     plain(self, records)
     with (folder / task).open("a") as file:
         file.writelines(f"{{self.path.name}} {{record['row']}} {{record['generation']}}\\n" for record in records)
     time.sleep(0.05)  # the other gets a turn
 
 CellFolder.append = note
-(folder / f"ready-{{task}}").touch()
-while len(list(folder.glob("ready-*"))) < 2:
-    time.sleep(0.05)
+until = time.monotonic() + 120  # if they do not share, that is seen by what they note
 main(sys.argv[1:])
 """
 
