@@ -41,9 +41,9 @@ from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 import sparsekv.training.eit_trainer
+from sparsekv.adapters import attach_lora
 from sparsekv.errors import UserError, require
 from sparsekv.files import fill_block, write_json
-from sparsekv.models import attach_lora
 from sparsekv.training.compiled import compile_layers, compile_logit_sums
 from sparsekv.training.config import TrainConfig, default_rules
 from sparsekv.training.eit_trainer import EITTrainer

@@ -76,7 +76,7 @@ def report(values: Values) -> int:
 
 
 def merge(values: Values) -> int:
-    from sparsekv.models import merge_adapter
+    from sparsekv.adapters import merge_adapter
 
     merge_adapter(values["model"], values["adapter"], values["output_dir"])
     print(values["output_dir"])

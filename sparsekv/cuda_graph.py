@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sparsekv.errors import gist
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,7 +47,7 @@ def capture(rehearse: Callable[[], Tensor], step: Callable[[], Tensor]) -> tuple
     except torch.cuda.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        logger.warning("decoding without a CUDA graph: %s", str(error).splitlines()[0])
+        logger.warning("decoding without a CUDA graph: %s", gist(error))
         return None
     finally:
         _when_waiting(waits)

@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Callable
 
+from sparsekv.errors import gist
+
 logger = logging.getLogger(__name__)
 
 
@@ -19,7 +21,6 @@ def works(rehearse: Callable[[], object], instead: str) -> bool:
     try:
         rehearse()
     except Exception as error:  # Triton has errors of many kinds
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        logger.warning("%s: %s", instead, lines[0])
+        logger.warning("%s: %s", instead, gist(error))
         return False
     return True

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparsekv.attention_interface import attending_by
-from sparsekv.errors import UserError, require
+from sparsekv.errors import UserError, gist, require
 
 IMPLEMENTATION = "sparsekv_observed"
 BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}  # probabilities of a block: a CPU's cache; enough work for a GPU
@@ -140,7 +140,7 @@ def check_observable(model: nn.Module, name: str, length: int) -> None:
         with torch.no_grad(), observing(model, lambda layer, *_: reports.append(layer)):
             base.get_decoder()(input_ids=ids, use_cache=False)
     except (ValueError, TypeError) as error:
-        raise UserError(f"--model {name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--model {name}: {gist(error)}") from error
     require(bool(reports), f"--model {name}: its attention does not go through transformers' attention interface")
     wrong = [str(layer) for layer in range(config.num_hidden_layers) if reports.count(layer) != 1]
     require(not wrong, f"--model {name}: layers without attention that can be captured: {', '.join(wrong)}")

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi, constants
 
-from sparsekv.errors import UserError
+from sparsekv.errors import UserError, gist
 from sparsekv.files import TEXT_SUFFIXES, cache_folder, keep_in_cache
 
 PYDOC = "pydoc"
@@ -128,9 +128,9 @@ def _hub_stream(name: str, data_subset: str | None) -> datasets.IterableDataset:
         columns = stream.column_names or list(next(iter(stream)))
     except Exception as error:  # the Hub's client raises a dozen unrelated kinds
         subset = f" --data_subset {data_subset}" if data_subset else ""
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        given = f"--data {name}{subset}"
         raise UserError(
-            f"--data {name}{subset}: neither pydoc, recall, a path, nor a Hub dataset that can be reached ({why})"
+            f"{given}: neither pydoc, recall, a path, nor a Hub dataset that can be reached ({gist(error)})"
         ) from error
     if "text" not in columns:
         raise UserError(f'--data {name}: it has no column "text"; it has {", ".join(columns)}')

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from sparsekv.adapters import check_adapter
 from sparsekv.analysis.config import AnalysisConfig
 from sparsekv.analysis.head_statistics import HeadStatistics
 from sparsekv.analysis.results import SCHEMA_VERSION
@@ -16,7 +17,7 @@ from sparsekv.data import build_datasets, parse_sources
 from sparsekv.errors import UserError, require
 from sparsekv.files import check_writable, writing
 from sparsekv.fingerprint import fingerprint
-from sparsekv.models import check_adapter, check_device, check_ids, load_config, load_tokenizer, resolve_model
+from sparsekv.models import check_device, check_ids, load_config, load_tokenizer, resolve_model
 from sparsekv.version import versions
 
 

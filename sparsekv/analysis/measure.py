@@ -7,11 +7,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsekv.adapters import load_adapter
 from sparsekv.analysis.config import AnalysisConfig
 from sparsekv.analysis.inputs import Inputs, device
 from sparsekv.anchors import AnchorSelector
 from sparsekv.errors import require
-from sparsekv.models import load_adapter, load_model
+from sparsekv.models import load_model
 from sparsekv.observe import check_observable, observing
 from sparsekv.tokens import classify_vocabulary
 

@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsekv.adapters import load_adapter, load_merged
 from sparsekv.demo_model import DEMO_MODEL
 from sparsekv.errors import require
 from sparsekv.files import new_folder, write_text
@@ -14,7 +15,7 @@ from sparsekv.inference.bundle import bundle
 from sparsekv.inference.config import ExportConfig
 from sparsekv.inference.export_card import export_card
 from sparsekv.inference.shrunk_cache import check_layers
-from sparsekv.models import load_adapter, load_merged, load_model, load_tokenizer, save_model
+from sparsekv.models import load_model, load_tokenizer, save_model
 from sparsekv.tokens import TokenClass, classify_vocabulary
 from sparsekv.version import VERSION
 

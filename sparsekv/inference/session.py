@@ -20,13 +20,14 @@ from transformers import (
     TextStreamer,
 )
 
+from sparsekv.adapters import load_merged
 from sparsekv.errors import UserError, require
 from sparsekv.inference.anchor_cache import AnchorCache
 from sparsekv.inference.config import ChatConfig
 from sparsekv.inference.press_cache import PressCache
 from sparsekv.inference.reading import CHUNK, read
 from sparsekv.inference.static_cache import StaticAnchorCache
-from sparsekv.models import check_device, check_ids, load_merged, load_model, load_tokenizer
+from sparsekv.models import check_device, check_ids, load_model, load_tokenizer
 from sparsekv.presses import make_press, needs_eager, needs_question, why_not
 
 FAST_ON = "cuda"  # where steps over fixed shapes are faster, and worth the memory of what is to come

@@ -17,7 +17,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekv.errors import UserError, require
+from sparsekv.errors import UserError, gist, require
 from sparsekv.training.choices import Direction
 from sparsekv.training.loss import LogitSums, sums_from_logits
 
@@ -80,6 +80,4 @@ def _check_compiler(device: torch.device, backend: str | Callable[..., Any]) -> 
     try:
         torch.compile(torch.sin, backend=backend)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Triton, a GPU that is too old
-        lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
-        reason = next(iter(lines), type(error).__name__)
-        raise UserError(f"--compile: torch.compile does not work here: {reason}") from error
+        raise UserError(f"--compile: torch.compile does not work here: {gist(error)}") from error

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekv.errors import UserError, require
+from sparsekv.errors import UserError, gist, require
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
@@ -131,5 +131,4 @@ def _check_device(device: torch.device) -> None:
     try:
         FrozenProduct.apply(ones, *float8_weight(ones))
     except RuntimeError as error:  # an older torch or CUDA, another maker's GPU
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"--float8: torch cannot multiply float8 here: {reason}") from error
+        raise UserError(f"--float8: torch cannot multiply float8 here: {gist(error)}") from error

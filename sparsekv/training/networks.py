@@ -5,8 +5,9 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
+from sparsekv.adapters import adapter_settings, attach_lora, load_adapter
 from sparsekv.errors import require
-from sparsekv.models import adapter_settings, attach_lora, load_adapter, load_model
+from sparsekv.models import load_model
 from sparsekv.training.config import TrainConfig
 
 Networks = tuple[PreTrainedModel | PeftModel, PreTrainedModel | None]

@@ -16,6 +16,7 @@ import yaml
 from peft import PromptTuningConfig, get_peft_model
 from tiny import make_sharp, make_tiny_tokenizer, messages, save_tiny
 
+from sparsekv.adapters import attach_lora, load_adapter
 from sparsekv.analysis import run as run_module
 from sparsekv.analysis.columns import CLASSES
 from sparsekv.analysis.head_statistics import HeadStatistics
@@ -25,7 +26,7 @@ from sparsekv.anchors import AnchorConfig
 from sparsekv.cli import main, parse
 from sparsekv.data import build_datasets
 from sparsekv.errors import UserError
-from sparsekv.models import attach_lora, load_adapter, load_model, load_tokenizer
+from sparsekv.models import load_model, load_tokenizer
 from sparsekv.observe import observing, received_attention
 from sparsekv.progress import CountProgress
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tiny import attend_as_ever, make_tiny_tokenizer, run_options, save_tiny, train_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from sparsekv.adapters import merge_adapter
 from sparsekv.errors import UserError
-from sparsekv.models import merge_adapter
 from sparsekv.training import run
 from sparsekv.training.config import default_rules
 from sparsekv.training.eviction import ForwardEviction

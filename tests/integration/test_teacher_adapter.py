@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny import run_options, save_tiny, train_config
 from transformers import TrainerCallback
 
+from sparsekv.adapters import load_adapter, merge_adapter
 from sparsekv.errors import UserError
-from sparsekv.models import load_adapter, load_model, merge_adapter
+from sparsekv.models import load_model
 from sparsekv.training import run
 from sparsekv.training.run import train
 

@@ -9,8 +9,8 @@ from datasets import Dataset
 from tiny import make_sharp, make_tiny
 from transformers import AttentionInterface, TrainingArguments
 
+from sparsekv.adapters import attach_lora
 from sparsekv.errors import UserError
-from sparsekv.models import attach_lora
 from sparsekv.training import eit_trainer
 from sparsekv.training.anchor import AnchorConfig
 from sparsekv.training.config import EITConfig, default_rules

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from tiny import make_tiny, run_options, train_config
 from transformers import TrainingArguments
 
+from sparsekv.adapters import attach_lora
 from sparsekv.errors import UserError
-from sparsekv.models import attach_lora
 from sparsekv.training import run
 from sparsekv.training.anchor import AnchorConfig
 from sparsekv.training.compiled import compile_layers, compile_logit_sums

@@ -18,6 +18,7 @@ import yaml
 from tiny import make_tiny, make_tiny_tokenizer
 
 from sparsekv import cli, models
+from sparsekv.adapters import attach_lora
 from sparsekv.analysis.columns import CLASSES
 from sparsekv.analysis.config import AnalysisConfig
 from sparsekv.analysis.head_statistics import HeadStatistics
@@ -80,7 +81,7 @@ LAYERS = [  # a file imports from lower layers, from its own, and never from a h
         "demo_model",
         "style",
     },
-    {"data", "models", "anchors", "attention", "observe", "presses"},
+    {"data", "models", "adapters", "anchors", "attention", "observe", "presses"},
     {"training", "evaluation", "analysis", "inference"},
     {"report", "cluster"},
     {"demo"},
@@ -340,7 +341,7 @@ def user_folder(tmp_path, monkeypatch):
     """What a reader has after the README's commands, with a tiny model in place of the real one."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "LICENSE", tmp_path)
-    adapted = models.attach_lora(make_tiny("llama"), 4, 8, ["q_proj", "v_proj"])
+    adapted = attach_lora(make_tiny("llama"), 4, 8, ["q_proj", "v_proj"])
     adapted.save_pretrained(tmp_path / "assets" / "smollm2-135m-eit")
     monkeypatch.setattr(models, "load_model", lambda name: make_tiny("llama"))
     monkeypatch.setattr(models, "load_tokenizer", lambda name: make_tiny_tokenizer())

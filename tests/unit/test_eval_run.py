@@ -24,6 +24,7 @@ from peft import PromptTuningConfig, get_peft_model
 from tiny import save_tiny
 from transformers import PreTrainedTokenizerFast
 
+from sparsekv.adapters import attach_lora
 from sparsekv.errors import UserError
 from sparsekv.evaluation.benchmarks.schema import Benchmark
 from sparsekv.evaluation.engine.work import FULL_CACHE, Cell
@@ -33,7 +34,7 @@ from sparsekv.evaluation.matrix.config import EvalConfig, RunConfig
 from sparsekv.evaluation.matrix.encode import Encoder
 from sparsekv.evaluation.matrix.jobs import Job
 from sparsekv.evaluation.matrix.run import evaluate
-from sparsekv.models import attach_lora, load_model
+from sparsekv.models import load_model
 from sparsekv.progress import CountProgress
 
 ROOT = Path(__file__).parents[2]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import make_sharp, make_tiny_tokenizer, messages
 
+from sparsekv.adapters import attach_lora, load_adapter
 from sparsekv.anchors import AnchorConfig
 from sparsekv.cli import main
 from sparsekv.errors import UserError
@@ -19,7 +20,7 @@ from sparsekv.inference.anchor_cache import AnchorCache
 from sparsekv.inference.bundle import bundle
 from sparsekv.inference.config import ExportConfig
 from sparsekv.inference.export import export, runs
-from sparsekv.models import attach_lora, load_adapter, load_model, load_tokenizer
+from sparsekv.models import load_model, load_tokenizer
 from sparsekv.tokens import TokenClass, classify_vocabulary
 
 ANCHORS = AnchorConfig(sink_size=2, recent_size=4, extra_punctuation="e")

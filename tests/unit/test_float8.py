@@ -15,8 +15,8 @@ from tiny import make_tiny, run_options, train_config
 from torch import nn
 from transformers import TrainingArguments
 
+from sparsekv.adapters import attach_lora
 from sparsekv.errors import UserError
-from sparsekv.models import attach_lora
 from sparsekv.training import float8, run
 from sparsekv.training.anchor import AnchorConfig
 from sparsekv.training.compiled import compile_layers

@@ -10,6 +10,7 @@ import torch
 from tiny import make_sharp, make_tiny_tokenizer, messages, save_tiny
 from transformers import DynamicCache, GenerationConfig
 
+from sparsekv.adapters import attach_lora, merge_adapter
 from sparsekv.anchors import AnchorConfig
 from sparsekv.cli import main
 from sparsekv.demo import SHIPPED
@@ -21,7 +22,7 @@ from sparsekv.inference.press_cache import PressCache
 from sparsekv.inference.reading import read
 from sparsekv.inference.session import Held, Session
 from sparsekv.inference.static_cache import StaticAnchorCache
-from sparsekv.models import attach_lora, load_model, load_tokenizer, merge_adapter
+from sparsekv.models import load_model, load_tokenizer
 from sparsekv.presses import make_press
 from sparsekv.prompts import encode_prompt
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import make_tiny
 
-from sparsekv.models import attach_lora
+from sparsekv.adapters import attach_lora
 from sparsekv.training.modes import ADAPTER_SWITCH, switched, training_already
 
 

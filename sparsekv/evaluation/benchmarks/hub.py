@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 from huggingface_hub import HfApi, constants
 
-from sparsekv.errors import UserError, require
+from sparsekv.errors import UserError, gist, require
 from sparsekv.evaluation.benchmarks.schema import COLUMNS, Row
 from sparsekv.evaluation.benchmarks.scoring import (
     boxed,
@@ -120,10 +120,9 @@ def _records(name: str, folder: str | None) -> Iterator[dict[str, Any]]:
             HfApi().dataset_info(repository, timeout=10)
         yield from datasets.load_dataset(repository, data_dir=folder, split="test")
     except Exception as error:  # the Hub's client raises a dozen unrelated kinds
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         part = f"/{folder}" if folder else ""
         raise UserError(
-            f"--benchmark {name}: {repository}{part} cannot be loaded from the Hub ({why}); "
+            f"--benchmark {name}: {repository}{part} cannot be loaded from the Hub ({gist(error)}); "
             "ruler-local and perplexity need no Hub"
         ) from error
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from sparsekv.errors import UserError, require
+from sparsekv.errors import UserError, gist, require
 from sparsekv.evaluation.comparison.cell_files import FINISHED
 
 NO_PRESS = "no_press"  # the press name of the full-cache cell
@@ -140,8 +140,7 @@ def _load_cell(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     except OSError as error:
         raise UserError(f"{file}: it cannot be read ({error.strerror or error})") from error
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        lines = str(error).splitlines() or [""]
-        reason = f"lacks {lines[0]}" if isinstance(error, KeyError) else lines[0]
+        reason = f"lacks {error}" if isinstance(error, KeyError) else gist(error)
         raise UserError(f"{file}: corrupt ({reason}); delete this folder and evaluate again") from error
     return cell, pd.DataFrame(columns=COLUMNS)
 

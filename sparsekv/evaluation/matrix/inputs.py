@@ -13,6 +13,7 @@ import torch
 from kvpress import BasePress
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from sparsekv.adapters import check_adapter
 from sparsekv.errors import UserError, require
 from sparsekv.evaluation.benchmarks.registry import load_benchmark
 from sparsekv.evaluation.benchmarks.schema import Benchmark
@@ -27,7 +28,6 @@ from sparsekv.files import check_writable, writing
 from sparsekv.fingerprint import fingerprint
 from sparsekv.models import (
     DTYPES,
-    check_adapter,
     check_device,
     check_ids,
     load_config,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from sparsekv.adapters import load_merged
 from sparsekv.evaluation.comparison.compare import write_summary
 from sparsekv.evaluation.engine.engine import Engine
 from sparsekv.evaluation.engine.sampling import Sampling
@@ -25,7 +26,7 @@ from sparsekv.evaluation.matrix.jobs import Job
 from sparsekv.evaluation.matrix.needles import write_needles
 from sparsekv.evaluation.matrix.view_maker import keep_view
 from sparsekv.files import writing
-from sparsekv.models import load_merged, load_model
+from sparsekv.models import load_model
 from sparsekv.progress import CountProgress
 from sparsekv.signals import StopSignal
 

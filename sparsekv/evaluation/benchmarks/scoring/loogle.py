@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from sparsekv.errors import gist
 from sparsekv.evaluation.benchmarks.schema import Row
 from sparsekv.evaluation.benchmarks.scoring.packages import package
 from sparsekv.evaluation.benchmarks.scoring.rouge import rouge
@@ -85,7 +86,7 @@ def _bert(rows: Sequence[Row]) -> dict[str, float]:
     try:
         recall = package("bert_score").score(*zip(*pairs, strict=True), lang="en")[1].sum().item() if pairs else 0.0
     except Exception as error:  # package, model or hub: each fails in its own way
-        logger.warning("loogle: no BERTScore (%s)", (str(error).strip() or type(error).__name__).splitlines()[0])
+        logger.warning("loogle: no BERTScore (%s)", gist(error))
         return {}
     return {"bert": recall / len(rows)}
 
