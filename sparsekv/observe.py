@@ -107,7 +107,7 @@ def _attend_observed(
     return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
 
 
-def check_observable(model: nn.Module, name: str, length: int) -> None:
+def check_observable(model: nn.Module, name: str, length: int = 1) -> None:
     """Prove with a forward pass of a few tokens that every layer's attention over `length` tokens can be captured.
 
     Parameters

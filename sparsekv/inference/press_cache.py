@@ -26,7 +26,7 @@ from sparsekv.attention import repeat_heads
 from sparsekv.errors import require
 from sparsekv.inference.entries import as_attention_mask, causal, right_justified, take
 from sparsekv.inference.shrunk_cache import ForwardPlan, ShrunkCache
-from sparsekv.presses import needs_eager
+from sparsekv.presses import needs_eager, without_waiting
 from sparsekv.presses.parameters import nested
 
 _WHILE_DECODING = (DecodingPress, PrefillDecodingPress, CompressionRatioDecodingPress)
@@ -65,7 +65,7 @@ class PressCache(ShrunkCache):
         fits = limit is None or length <= limit
         require(fits, f"{length} tokens: the model's positions end at {limit} (max_position_embeddings)")
         position = torch.arange(length, device=model.device)
-        with press(model):  # kvpress reads cache_position, which transformers ≥ 5.3 no longer makes
+        with without_waiting(press)(model):  # kvpress reads cache_position, which transformers ≥ 5.3 no longer makes
             decoder(input_ids=input_ids.to(model.device), past_key_values=before, cache_position=position)
         real = []
         layer: Any

@@ -11,7 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from sparsekv.presses.parameters import nested
+from sparsekv.presses.queries import all_known, reads_queries
 from sparsekv.presses.registry import make_press
+from sparsekv.presses.without_waiting import asks_layers
 
 
 def why_not(spec: str, model: PreTrainedModel) -> str | None:
@@ -25,11 +27,19 @@ def why_not(spec: str, model: PreTrainedModel) -> str | None:
         If there is no such press or parameter.
     """
     press = make_press(spec, 0.0)
-    for part in nested(press) if press is not None else ():
-        reason = _unknown_model(part, model) or _missing_files(part, model) or _adapter_in_the_way(part, model)
-        if reason:
-            return f"{spec}: {reason}"
-    return None
+    if press is None:
+        return None
+    reasons = [_missing_queries(press, model)]
+    for part in nested(press):
+        reasons += _unknown_model(part, model), _missing_files(part, model), _adapter_in_the_way(part, model)
+    return next((f"{spec}: {reason}" for reason in reasons if reason), None)
+
+
+def _missing_queries(press: BasePress, model: PreTrainedModel) -> str | None:
+    """Presses that make a layer's queries, of a layer that makes them otherwise."""
+    if asks_layers(press) or not any(map(reads_queries, nested(press))) or all_known(model):
+        return None
+    return f"it makes queries as Llama does, and {type(model).__name__} makes them otherwise"
 
 
 def _unknown_model(press: BasePress, model: PreTrainedModel) -> str | None:

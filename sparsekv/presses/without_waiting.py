@@ -1,10 +1,10 @@
-"""kvpress's scores without waiting for the GPU.
+"""kvpress's scores without waiting for the GPU, and by a layer's own queries.
 
 kvpress pins a window by reading the largest score back from the GPU, and builds the average rotation of future queries
 on the CPU. Once a layer, that leaves the GPU idle while Python prepares the next kernels. These presses compute the
-same scores on the device.
+same scores on the device. In a layer whose queries kvpress makes otherwise than the layer does, they are the layer's.
 
-Shapes: B batch, G key/value heads, C context tokens.
+Shapes: B batch, G key/value heads, H query heads, C context tokens, W those of a window.
 """
 
 import copy
@@ -14,19 +14,49 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kvpress import CriticalKVPress, ExpectedAttentionPress, ScorerPress, SnapKVPress, TOVAPress
+from kvpress import (
+    AdaKVPress,
+    BasePress,
+    CriticalAdaKVPress,
+    CriticalKVPress,
+    ExpectedAttentionPress,
+    SnapKVPress,
+    TOVAPress,
+)
 from torch import Tensor, nn
 
+from sparsekv.presses.queries import Rotary, kvpress_knows, own_queries
 
-def without_waiting(press: ScorerPress) -> ScorerPress:
-    """The press itself, or one that gives the same scores without waiting for the GPU."""
+WRAPPERS = (AdaKVPress, CriticalAdaKVPress, CriticalKVPress)
+
+
+def without_waiting(press: Any) -> Any:
+    """The press itself, or one that gives the same scores without waiting for the GPU, by queries of any layer."""
     for kind in (SnapKV, TOVA, ExpectedAttention):
         if type(press) is kind.__base__:
             return kind(**{setting.name: getattr(press, setting.name) for setting in fields(press)})
-    if type(press) is CriticalKVPress:
+    if type(press) in WRAPPERS:
         press = copy.copy(press)
         press.press = without_waiting(press.press)
     return press
+
+
+def asks_layers(press: BasePress) -> bool:
+    """Whether `without_waiting` gives a press that scores by queries of any layer."""
+    inner: Any = press.press if type(press) in WRAPPERS else press
+    return type(inner) in (SnapKVPress, TOVAPress, ExpectedAttentionPress)
+
+
+def _window_attention(module: Any, hidden_states: Tensor, keys: Tensor, window: int, rotary: Rotary) -> Tensor:
+    """What the last queries attend to before them, [B, H, W, C − W] (as `SnapKVPress.compute_window_attention`)."""
+    if kvpress_knows(module, hidden_states, rotary):
+        return SnapKVPress.compute_window_attention(module, hidden_states, keys, window, rotary)
+    if rotary is not None:
+        rotary = rotary[0][:, -window:], rotary[1][:, -window:]
+    query, scaling = own_queries(module, hidden_states[:, -window:], rotary)
+    logits = query @ keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1).mT * scaling
+    logits = logits + torch.full_like(logits, -math.inf).triu(keys.shape[2] - window + 1)
+    return logits.softmax(-1, dtype=torch.float32).to(query.dtype)[..., :-window]
 
 
 def _pinned(scores: Tensor, first: int = 0, last: int = 0) -> Tensor:
@@ -50,7 +80,7 @@ class SnapKV(SnapKVPress):
     ) -> Tensor:
         """[B, G, C]."""
         rotary = kwargs["position_embeddings"]
-        attended = self.compute_window_attention(module, hidden_states, keys, self.window_size, rotary).mean(dim=-2)
+        attended = _window_attention(module, hidden_states, keys, self.window_size, rotary).mean(dim=-2)
         smooth = F.avg_pool1d(attended, kernel_size=self.kernel_size, padding=self.kernel_size // 2, stride=1)
         return _pinned(smooth.unflatten(1, (keys.shape[1], -1)).mean(2), last=self.window_size)
 
@@ -70,7 +100,7 @@ class TOVA(TOVAPress):
     ) -> Tensor:
         """[B, G, C]."""
         rotary = kwargs["position_embeddings"]
-        attended = SnapKVPress.compute_window_attention(module, hidden_states, keys, 1, rotary)
+        attended = _window_attention(module, hidden_states, keys, 1, rotary)
         return _pinned(attended.mean(1).repeat(1, keys.shape[1], 1), last=1)
 
 
@@ -101,6 +131,25 @@ class ExpectedAttention(ExpectedAttentionPress):
             self._rotations[known] = (cos.diag() + turn * sin).to(mu.device)
         return self._rotations[known]
 
+    def _own_statistics(
+        self, module: Any, hidden_states: Tensor, rotary: Rotary
+    ) -> tuple[float, Tensor, Tensor | None]:
+        """Divisor of the logits, mean [B, H, D] and covariance [B, H, D, D] of a layer's own queries, turned.
+
+        By the mean cosine and sine of future positions, in which queries are linear.
+        """
+        length, tokens = hidden_states.shape[1], hidden_states[:, self.n_sink :]
+        if rotary is not None:
+            positions = torch.arange(length, length + self.n_future_positions, device=hidden_states.device)[None]
+            cos, sin = module.rotary_emb(hidden_states, positions)
+            cos, sin = (x.mean(1, keepdim=True).expand(-1, tokens.shape[1], -1) for x in (cos, sin))
+            rotary = cos, sin
+        query, scaling = own_queries(module, tokens, rotary)
+        mean = query.mean(2, keepdim=True)
+        centered = query - mean
+        covariance = centered.mT @ centered / query.shape[2] if self.use_covariance else None
+        return 1 / scaling, mean.squeeze(2), covariance
+
     def score(
         self,
         module: nn.Module,
@@ -113,13 +162,18 @@ class ExpectedAttention(ExpectedAttentionPress):
         """[B, G, C]."""
         keys, values = keys[:, :, self.n_sink :], values[:, :, self.n_sink :]
         width = keys.shape[-1]
-        mean, covariance = self.get_query_statistics(module, hidden_states)
+        rotary = kwargs["position_embeddings"]
+        if kvpress_knows(module, hidden_states, rotary):
+            divisor = math.sqrt(width)
+            mean, covariance = self.get_query_statistics(module, hidden_states)
+        else:
+            divisor, mean, covariance = self._own_statistics(module, hidden_states, rotary)
         by_group = (keys.shape[1], -1)
-        logits = keys[:, :, None] @ mean.unflatten(1, by_group)[..., None] / math.sqrt(width)
+        logits = keys[:, :, None] @ mean.unflatten(1, by_group)[..., None] / divisor
         logits = logits.squeeze(-1)  # [B, G, query heads of the group, C]
         if covariance is not None:
             spread = keys[:, :, None] @ covariance.unflatten(1, by_group)
-            logits = logits + (spread * keys[:, :, None]).sum(-1) / width / 2
+            logits = logits + (spread * keys[:, :, None]).sum(-1) / divisor**2 / 2
         scores = logits.softmax(-1).mean(2)
         if self.use_vnorm:
             scores = (scores + self.epsilon) * values.norm(dim=-1)

@@ -20,7 +20,9 @@ from sparsekv.data import build_datasets, parse_sources
 from sparsekv.errors import UserError, require
 from sparsekv.models import PLACEMENTS, check_ids, load_model, load_tokenizer, may_make_unknown_ids
 from sparsekv.observe import observing
+from sparsekv.presses import why_not
 from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, StopCallback
+from sparsekv.training.choices import PRESS_RULES
 from sparsekv.training.compiled import compile_layers, compile_logit_sums
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import EITTrainer
@@ -188,6 +190,8 @@ def _check_architecture(trainer: EITTrainer, config: TrainConfig, rows: Dataset)
     ids = torch.tensor([rows[0]["input_ids"][:96]], device=trainer.base.device)  # presses score 65 tokens and more
     evicting: set[int] = set()
     for rule in config.rules:
+        reason = why_not(rule, trainer.base) if rule in PRESS_RULES else None
+        require(reason is None, f"--rules {reason}; give another rule")
         plan = EvictionPlan("two_region", (ids.shape[1] - 2,), (rule,), (0.5,))
         try:
             with torch.no_grad(), KVDropoutContext(trainer.base, plan, trainer.selector) as eviction:

@@ -388,11 +388,11 @@ def test_rows_within_the_window_are_trained_on(options, tmp_path):
 
 
 def test_an_architecture_that_cannot_evict_is_refused_before_anything_is_written(options, tmp_path):
-    """GPT-2's attention is no Llama's: kvpress cannot compute its queries."""
+    """GPT-2's attention is no Llama's: this press of kvpress cannot compute its queries."""
     config = GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=64)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     make_tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
-    changes = {"model": str(tmp_path / "gpt2"), "lora_targets": ["c_attn"]}
-    with pytest.raises(UserError, match=r"--rules .* does not work with --model .*GPT2LMHeadModel"):
+    changes = {"model": str(tmp_path / "gpt2"), "lora_targets": ["c_attn"], "rules": {"non_causal_attention": 1.0}}
+    with pytest.raises(UserError, match=r"--rules non_causal_attention: does not work with --model .*GPT2LMHeadModel"):
         train(train_config(options, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kvpress import KnormPress, KVPressTextGenerationPipeline, SnapKVPress
-from tiny import make_tiny, make_tiny_tokenizer
-from transformers import DynamicCache
+from tiny import SHAPE, make_tiny, make_tiny_tokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
 from sparsekv.errors import UserError
 from sparsekv.evaluation.engine import caches as caches_module
@@ -277,8 +277,8 @@ def test_a_press_that_fails_does_not_end_the_matrix(model, tokenizer, monkeypatc
 @pytest.mark.parametrize(
     ("family", "changes", "why"),
     [
-        ("gemma3", {}, "sliding-window"),
-        ("mistral", {"sliding_window": 64}, "sliding-window"),
+        ("gemma3", {}, "has sliding_attention layers"),
+        ("mistral", {"sliding_window": 64}, "has sliding_attention layers"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
@@ -289,6 +289,12 @@ def test_a_press_that_fails_does_not_end_the_matrix(model, tokenizer, monkeypatc
 def test_models_that_would_be_answered_wrongly_are_refused(tokenizer, family, changes, why):
     with pytest.raises(UserError, match=f"^--model .*{why}"):
         Engine(make_tiny(family, **changes), tokenizer)
+
+
+def test_attention_that_is_not_the_interfaces_is_refused(tokenizer):
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["stablelm"](**SHAPE))
+    with pytest.raises(UserError, match=r"^--model .*: its attention does not go through transformers' attention int"):
+        Engine(model, tokenizer)
 
 
 def test_a_window_that_is_not_used_is_no_window(tokenizer):

@@ -7,7 +7,7 @@ import torch
 from kvpress import CriticalKVPress, ExpectedAttentionPress, KnormPress, SnapKVPress, TOVAPress
 from tiny import make_tiny
 
-from sparsekv.presses import without_waiting
+from sparsekv.presses import kvpress_knows, without_waiting
 
 PRESSES = {
     "snapkv": lambda: SnapKVPress(0.4, window_size=16, kernel_size=3),
@@ -66,8 +66,9 @@ def test_an_average_rotation_is_made_once_for_all_layers_of_a_length(layer, monk
 
 @pytest.mark.parametrize("name", [name for name in PRESSES if name != "critical_snapkv"])
 def test_nothing_is_read_back_from_the_device(name, layer, monkeypatch):
-    """On the meta device, where a number cannot be read."""
+    """On the meta device, where a number cannot be read; what kind of layer it is has been found out before."""
     module, tensors, kwargs = layer
+    assert kvpress_knows(module, tensors[0], kwargs["position_embeddings"])
     module.to("meta")
     turned = lambda x, positions: (x.new_empty(*positions.shape, module.head_dim),) * 2  # noqa: E731
     monkeypatch.setattr(module.rotary_emb, "forward", turned)

@@ -26,6 +26,7 @@ from sparsekv.evaluation.engine.model_check import check_model
 from sparsekv.evaluation.engine.sampling import Sampler, Sampling
 from sparsekv.evaluation.engine.while_decoding import generate_with_press, kept_while_decoding, prefill_for_decoding
 from sparsekv.evaluation.engine.work import FULL_CACHE, Answer, Cell, ContextWork, Failure, Question
+from sparsekv.observe import check_observable
 from sparsekv.presses import is_decoding
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class Engine:
     Raises
     ------
     UserError
-        For a model that `check_model` refuses.
+        For a model that `check_model` refuses, or whose attention is not its interface's.
     """
 
     def __init__(
@@ -95,7 +96,9 @@ class Engine:
         memory_budget: int | None = None,
         sampling: Sampling | None = None,
     ) -> None:
-        check_model(model.config, str(model.config.name_or_path))
+        name = str(model.config.name_or_path)
+        check_model(model.config, name)
+        check_observable(model, name)
         self.model, self.tokenizer = model, tokenizer
         self.budget = default_budget(model.device) if memory_budget is None else memory_budget
         self.sampling = sampling or Sampling()

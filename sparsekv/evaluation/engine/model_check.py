@@ -15,22 +15,24 @@ def check_model(config: PreTrainedConfig, name: str) -> None:
     Raises
     ------
     UserError
-        For a model without grouped key/value heads in its configuration, with sliding-window layers (presses are not
-        made for them), or with rotary frequencies that depend on the longest row of a batch.
+        For a model without grouped key/value heads in its configuration, with layers of another kind than full
+        attention (presses are not made for them), or with rotary frequencies that depend on the longest row of a batch.
     """
     heads = hasattr(config, "num_key_value_heads")
     require(heads, f"--model {name}: {config.model_type} has no num_key_value_heads; give a Llama-like model")
-    require(not _slides(config), f"--model {name}: has sliding-window layers, and presses are not made for them")
+    others = ", ".join(sorted(_other_layers(config)))
+    require(not others, f"--model {name}: has {others} layers, and presses are made for full attention in every layer")
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type"))
     reason = f"rotary type {kind} depends on the longest row of a batch; give one of fixed frequencies"
     require(kind not in MOVING_ROPE, f"--model {name}: {reason}")
 
 
-def _slides(config: PreTrainedConfig) -> bool:
+def _other_layers(config: PreTrainedConfig) -> set[str]:
     layer_types = getattr(config, "layer_types", None)
     if layer_types:
-        return set(layer_types) != {"full_attention"}
+        return {*layer_types} - {"full_attention"}
     window = getattr(config, "sliding_window", None)
     used = getattr(config, "use_sliding_window", True)
-    return bool(used) and window is not None and window < config.max_position_embeddings
+    slides = used and window is not None and window < config.max_position_embeddings
+    return {"sliding_attention"} if slides else set()

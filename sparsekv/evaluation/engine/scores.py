@@ -29,7 +29,7 @@ from kvpress import (
 )
 from torch import Tensor
 
-from sparsekv.presses import AnchorPress
+from sparsekv.presses import AnchorPress, asks_layers, kvpress_knows, without_waiting
 
 OF_POSITIONS = (AnchorPress, StreamingLLMPress)  # the same in every layer, for one ratio
 OF_LAYER = (  # the same at every ratio
@@ -101,13 +101,19 @@ class Scores:
             scores = _once(self._of_context, _settings(press), lambda: press.score(*self.inputs))
             return scores.to(self.inputs[2].device)
         if type(press) in OF_LAYER:
-            return _once(self._of_layer, _settings(press, "compression_ratio"), lambda: press.score(*self.inputs))
+            return _once(self._of_layer, _settings(press, "compression_ratio"), lambda: self._score(press))
         if type(press) is CriticalKVPress:
             press = self.knowing(press)
             module, _, _, values, *_ = self.inputs
             norms = _once(self._of_layer, "norms", lambda: CriticalKVPress.vwl1norm(values, module))
             press.vwl1norm = lambda values, module: norms
         return press.score(*self.inputs)
+
+    def _score(self, press: Any) -> Tensor:
+        """By kvpress, or by queries that kvpress does not know."""
+        module, hidden_states, *_, kwargs = self.inputs
+        known = not asks_layers(press) or kvpress_knows(module, hidden_states, kwargs.get("position_embeddings"))
+        return (press if known else without_waiting(press)).score(*self.inputs)
 
     def knowing(self, press: Any) -> Any:
         """A copy of a press around one that scores, to which these scores are known."""

@@ -1,0 +1,142 @@
+"""Presses score a layer by the queries that it has, whatever the model."""
+
+import pytest
+import torch
+from kvpress import ExpectedAttentionPress, SnapKVPress
+from tiny import SHAPE, make_tiny
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
+
+from sparsekv.evaluation.engine.scores import Scores
+from sparsekv.presses import kvpress_knows, why_not
+from sparsekv.presses.queries import all_known, own_queries
+from sparsekv.presses.without_waiting import without_waiting
+
+LENGTH, WINDOW = 90, 8
+OTHERS = {
+    "cohere": {},  # turns neighbours
+    "glm4": {},  # half of the entries, and neighbours
+    "olmo2": {},  # a norm over all heads
+    "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32},  # a norm of its own class
+    "smollm3": {"no_rope_layers": [1, 0]},  # a layer without positions
+}
+
+
+def make_other(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**SHAPE, **OTHERS[name]), attn_implementation="eager")
+    with torch.no_grad():  # norms that do something, sharp attention
+        for key, weight in model.named_parameters():
+            if "q_norm" in key:
+                weight.uniform_(0.5, 2)
+            elif "q_proj" in key or "k_proj" in key:
+                weight.mul_(8)
+    return model.eval()
+
+
+@pytest.fixture(params=OTHERS)
+def other(request):
+    return make_other(request.param)
+
+
+def read(model):
+    """(module, input, keys, values, keyword arguments, attention [1, H, L, L]) of every layer, for one text."""
+    seen = []
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(lambda *given: seen.append((given[0], given[2])), with_kwargs=True)
+        for layer in model.model.layers
+    ]
+    ids = torch.randint(5, 320, (1, LENGTH), generator=torch.Generator().manual_seed(2))
+    cache = DynamicCache()
+    with torch.no_grad():
+        output = model.model(input_ids=ids, past_key_values=cache, output_attentions=True)
+    for hook in hooks:
+        hook.remove()
+    for (module, kwargs), layer, attention in zip(seen, cache.layers, output.attentions, strict=True):
+        module.rotary_emb = model.model.rotary_emb
+        yield module, kwargs["hidden_states"], layer.keys, layer.values, kwargs, attention
+
+
+def by_attention(attention, groups):
+    """SnapKV's scores of what the window really attends to."""
+    seen = attention[..., -WINDOW:, :-WINDOW].mean(-2)
+    smooth = torch.nn.functional.avg_pool1d(seen, kernel_size=5, padding=2, stride=1)
+    return smooth.unflatten(1, (groups, -1)).mean(2)
+
+
+def test_snapkv_sees_what_the_window_attends_to(other):
+    press = SnapKVPress(window_size=WINDOW, kernel_size=5)
+    wrong = 0
+    for module, hidden, keys, values, kwargs, attention in read(other):
+        wanted = by_attention(attention, keys.shape[1])
+        scores = without_waiting(press).score(module, hidden, keys, values, None, kwargs)[..., :-WINDOW]
+        torch.testing.assert_close(scores, wanted, atol=1e-6, rtol=1e-4)
+        known = kvpress_knows(module, hidden, kwargs["position_embeddings"])
+        if not known:
+            wrong += 1
+            try:
+                plain = press.score(module, hidden, keys, values, None, kwargs)[..., :-WINDOW]
+            except RuntimeError:  # entries that are not turned
+                continue
+            assert not torch.allclose(plain, wanted, rtol=0.1)
+    assert wrong > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "mistral"])
+def test_what_kvpress_knows_is_left_to_it(family):
+    model = make_tiny(family)
+    assert all_known(model)
+    model.set_attn_implementation("eager")
+    for module, hidden, _, _, kwargs, _ in read(model):
+        rotary = kwargs["position_embeddings"]
+        assert kvpress_knows(module, hidden, rotary)
+        own = without_waiting(ExpectedAttentionPress(n_future_positions=16))
+        divisor, mean, covariance = own._own_statistics(module, hidden, rotary)
+        wanted = own.get_query_statistics(module, hidden)
+        assert divisor == pytest.approx(4)  # √16
+        torch.testing.assert_close((mean, covariance), wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_expected_attention_turns_queries_as_the_layer_does(other):
+    """Against every query at every future position."""
+    press = without_waiting(ExpectedAttentionPress(n_future_positions=6, n_sink=4))
+    for module, hidden, _, _, kwargs, _ in read(other):
+        _, mean, covariance = press._own_statistics(module, hidden, kwargs["position_embeddings"])
+        turned = []
+        for position in range(LENGTH, LENGTH + 6):
+            rotary = other.model.rotary_emb(hidden, torch.full((1, LENGTH - 4), position))
+            turned.append(own_queries(module, hidden[:, 4:], rotary)[0])
+        queries = torch.stack(turned).mean(0)
+        centered = queries - queries.mean(2, keepdim=True)
+        torch.testing.assert_close(mean, queries.mean(2), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(covariance, centered.mT @ centered / queries.shape[2], atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_evaluated_is_scored_by_them(other):
+    for module, *inputs, kwargs, attention in read(other):
+        scores = Scores()
+        scores.begin(module, *inputs, None, kwargs)
+        found = scores(SnapKVPress(0.5, window_size=WINDOW, kernel_size=5))[..., :-WINDOW]
+        torch.testing.assert_close(found, by_attention(attention, found.shape[1]), atol=1e-6, rtol=1e-4)
+
+
+def test_presses_that_cannot_ask_are_named(other):
+    who = f"it makes queries as Llama does, and {type(other).__name__} makes them otherwise"
+    for spec in ("kvzip", "think", "pyramidkv", "decoding_snapkv"):
+        assert why_not(spec, other) == f"{spec}: {who}"
+    for spec in ("no_press", "knorm", "anchor", "snapkv", "critical_snapkv", "expected_attention", "tova"):
+        assert why_not(spec, other) is None
+
+
+def test_nothing_is_said_against_them_on_a_model_that_kvpress_knows(tiny_qwen3):
+    for spec in ("think", "pyramidkv", "decoding_snapkv"):
+        assert why_not(spec, tiny_qwen3()) is None
+
+
+def test_asking_changes_nothing(other):
+    before = other.config._attn_implementation
+    for module, hidden, _, _, kwargs, _ in read(other):
+        with pytest.raises(RuntimeError):
+            own_queries(module, hidden[..., :-1], kwargs["position_embeddings"])
+        query, _ = own_queries(module, hidden, kwargs["position_embeddings"])
+        assert query.shape == (1, 4, LENGTH, 16)
+    assert other.config._attn_implementation == before
