@@ -13,11 +13,12 @@ import torch
 from accelerate.state import PartialState
 from datasets import Dataset
 from peft import PeftModel
+from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 
 from sparsekv.data import build_datasets, parse_sources
-from sparsekv.errors import UserError, require
+from sparsekv.errors import UserError, gist, require
 from sparsekv.models import PLACEMENTS, check_ids, load_model, load_tokenizer, may_make_unknown_ids
 from sparsekv.observe import observing
 from sparsekv.presses import why_not
@@ -153,6 +154,9 @@ def _run(trainer: EITTrainer, out: Path, record: dict[str, Any], checkpoint: Pat
     with others_alive(lambda: stop.asked):
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except TorchDynamoException as error:  # of what only some models do
+            kind = type(trainer.base).__name__
+            raise UserError(f"--compile: {kind} cannot be compiled here, give false: {gist(error)}") from error
         finally:
             stop.restore()
         if stop.stopped:

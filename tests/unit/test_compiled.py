@@ -255,3 +255,12 @@ def test_a_model_spread_over_devices_is_refused():
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
     with pytest.raises(UserError, match=r"--compile: .*--device_map"):
         compile_layers(model)
+
+
+def test_a_model_that_cannot_be_compiled_ends_in_one_line(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch._dynamo.exc.TorchDynamoException("no such kernel\nwith details")
+
+    monkeypatch.setattr(EITTrainer, "train", fail)
+    with pytest.raises(UserError, match=r"^--compile: LlamaForCausalLM cannot be compiled here, .*: no such kernel$"):
+        run.train(train_config(run_options(tmp_path), tmp_path / "out"))
