@@ -220,7 +220,7 @@ def _check_start(position_ids: Tensor | None, real: Tensor) -> None:
 
 
 def check_layers(model: PreTrainedModel) -> None:
-    """Refuse a model with layers whose cache is not one entry a token.
+    """Refuse a model with layers whose cache is not one entry a token, or that tell distances by places in the cache.
 
     Raises
     ------
@@ -230,6 +230,9 @@ def check_layers(model: PreTrainedModel) -> None:
     require(not config.is_encoder_decoder, f"{config.model_type}: an encoder-decoder; give a decoder")
     recurrent = getattr(model, "_is_stateful", False)
     text = config.get_text_config(decoder=True)
+    biased = text.model_type in ("bloom", "mpt") or getattr(text, "alibi", False)
+    reason = "has ALiBi, which counts the entries between; give a model with positions in its keys"
+    require(not biased, f"{config.model_type}: {reason}")
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     windowed = getattr(text, "layer_types", None) is None and getattr(text, "sliding_window", None) is not None
     kinds |= {"sliding_attention"} if windowed else set()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, VOCAB_SIZE, make_sharp, make_tiny_tokenizer
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, BloomConfig, BloomForCausalLM, DynamicCache
 
 from sparsekv.attention import dense_attention, two_region_mask
 from sparsekv.errors import UserError
@@ -197,6 +197,9 @@ def test_what_cannot_be_served():
         model(input_ids=text(1, 4), past_key_values=PressCache(model))
     with pytest.raises(UserError, match="has sliding_attention layers"):
         PressCache.prefill(make_sharp("gemma3"), text(1, 30), make_press("knorm", 0.5))
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=320, hidden_size=64, n_layer=1, n_head=4))
+    with pytest.raises(UserError, match="bloom: has ALiBi"):
+        PressCache.prefill(bloom, text(1, 30), make_press("knorm", 0.5))
     cache = prefilled("llama", "knorm", 0.5, text(2, 30))
     with pytest.raises(UserError, match="3 rows: the cache holds 2"):
         model(input_ids=text(3, 1), past_key_values=cache)
