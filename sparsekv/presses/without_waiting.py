@@ -20,6 +20,7 @@ from kvpress import (
     CriticalAdaKVPress,
     CriticalKVPress,
     ExpectedAttentionPress,
+    KVzipPress,
     SnapKVPress,
     TOVAPress,
 )
@@ -32,7 +33,7 @@ WRAPPERS = (AdaKVPress, CriticalAdaKVPress, CriticalKVPress)
 
 def without_waiting(press: Any) -> Any:
     """The press itself, or one that gives the same scores without waiting for the GPU, by queries of any layer."""
-    for kind in (SnapKV, TOVA, ExpectedAttention):
+    for kind in (SnapKV, TOVA, ExpectedAttention, KVzip):
         if type(press) is kind.__base__:
             return kind(**{setting.name: getattr(press, setting.name) for setting in fields(press)})
     if type(press) in WRAPPERS:
@@ -44,7 +45,7 @@ def without_waiting(press: Any) -> Any:
 def asks_layers(press: BasePress) -> bool:
     """Whether `without_waiting` gives a press that scores by queries of any layer."""
     inner: Any = press.press if type(press) in WRAPPERS else press
-    return type(inner) in (SnapKVPress, TOVAPress, ExpectedAttentionPress)
+    return type(inner) in (SnapKVPress, TOVAPress, ExpectedAttentionPress, KVzipPress)
 
 
 def _window_attention(module: Any, hidden_states: Tensor, keys: Tensor, window: int, rotary: Rotary) -> Tensor:
@@ -178,3 +179,21 @@ class ExpectedAttention(ExpectedAttentionPress):
         if self.use_vnorm:
             scores = (scores + self.epsilon) * values.norm(dim=-1)
         return _pinned(scores, first=self.n_sink)
+
+
+class KVzip(KVzipPress):
+    """`KVzipPress`: the most that an entry is attended to while the context is repeated (https://arxiv.org/abs/2505.23416)."""
+
+    def _compute_cross_attention(
+        self, module: Any, hidden_states: Tensor, keys: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """What the repeating tokens R attend to: first tokens, a part of the context, themselves: [B, G, H/G, R, …]."""
+        rotary = kwargs["position_embeddings"]
+        if kvpress_knows(module, hidden_states, rotary):
+            return super()._compute_cross_attention(module, hidden_states, keys, kwargs)
+        query, scaling = own_queries(module, hidden_states, rotary)
+        sink, repeating = min(self.n_sink, self.start_idx), query.shape[2]
+        parts = keys[:, :, :sink], keys[:, :, self.start_idx : self.end_idx], keys[:, :, -repeating:]
+        logits = query.unflatten(1, (keys.shape[1], -1)) @ torch.cat(parts, dim=2)[:, :, None].mT * scaling
+        self._mask_causal(logits, repeating)
+        return logits.softmax(-1)

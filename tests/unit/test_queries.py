@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from kvpress import ExpectedAttentionPress, SnapKVPress
+from kvpress import ExpectedAttentionPress, KVzipPress, SnapKVPress
 from tiny import SHAPE, make_tiny
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
 from sparsekv.evaluation.engine.scores import Scores
 from sparsekv.presses import kvpress_knows, why_not
-from sparsekv.presses.queries import all_known, own_queries
-from sparsekv.presses.without_waiting import without_waiting
+from sparsekv.presses.queries import _known, all_known, own_queries
+from sparsekv.presses.without_waiting import KVzip, without_waiting
 
 LENGTH, WINDOW = 90, 8
 OTHERS = {
@@ -121,10 +121,11 @@ def test_what_is_evaluated_is_scored_by_them(other):
 
 def test_presses_that_cannot_ask_are_named(other):
     who = f"it makes queries as Llama does, and {type(other).__name__} makes them otherwise"
-    for spec in ("kvzip", "think", "pyramidkv", "decoding_snapkv"):
+    for spec in ("finch", "think", "pyramidkv", "decoding_snapkv"):
         assert why_not(spec, other) == f"{spec}: {who}"
     for spec in ("no_press", "knorm", "anchor", "snapkv", "critical_snapkv", "expected_attention", "tova"):
         assert why_not(spec, other) is None
+    assert "queries" not in (why_not("kvzip", other) or "")
 
 
 def test_nothing_is_said_against_them_on_a_model_that_kvpress_knows(tiny_qwen3):
@@ -140,3 +141,23 @@ def test_asking_changes_nothing(other):
         query, _ = own_queries(module, hidden, kwargs["position_embeddings"])
         assert query.shape == (1, 4, LENGTH, 16)
     assert other.config._attn_implementation == before
+
+
+def replay(kind, module, hidden, keys, values, kwargs):
+    """KVzip's scores of a part of a context, where the last tokens repeat it."""
+    press = kind(n_sink=2)
+    press.start_idx, press.end_idx, press.context_length = 10, 40, 60
+    press.score_val = torch.zeros(2, 1, keys.shape[1], 60)
+    tokens = slice(60, LENGTH)
+    rotary = tuple(x[:, tokens] for x in kwargs["position_embeddings"])
+    return press._compute_cross_attention(module, hidden[:, tokens], keys, {"position_embeddings": rotary})
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_kvzip_repeats_with_the_same_attention(family, monkeypatch):
+    model = make_tiny(family)
+    model.set_attn_implementation("eager")
+    for module, hidden, keys, values, kwargs, _ in read(model):
+        wanted = replay(KVzipPress, module, hidden, keys, values, kwargs)
+        monkeypatch.setitem(_known, module, False)
+        torch.testing.assert_close(replay(KVzip, module, hidden, keys, values, kwargs), wanted, atol=1e-6, rtol=1e-4)

@@ -10,9 +10,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from sparsekv.evaluation.engine.evicted import EvictedCache, take_masked, without_masked
 from sparsekv.evaluation.engine.memory import is_out_of_memory
+from sparsekv.presses.without_waiting import KVzip
 
 
-class Replay(KVzipPress):
+class Replay(KVzip):
     """A `KVzipPress` that takes the cache of a prefill, and reads the model's tokenizer once.
 
     Parameters
