@@ -68,13 +68,12 @@ def own_queries(module: nn.Module, hidden_states: Tensor, rotary: Rotary) -> tup
     forward = type(module).forward  # without hooks, and without what an instance has in its place
     known = inspect.signature(forward).parameters
     given = {"position_embeddings": rotary, "attention_mask": None, "past_key_values": None}
+    given = {name: value for name, value in given.items() if name in known}
     config: Any = module.config
     before = config._attn_implementation
     config._attn_implementation = IMPLEMENTATION
     try:
-        forward(
-            module, hidden_states=hidden_states.contiguous(), **{name: x for name, x in given.items() if name in known}
-        )
+        forward(module, hidden_states=hidden_states.contiguous(), **given)
     except _QueriesMade as made:
         return made.query, made.scaling
     finally:
@@ -117,8 +116,9 @@ def _is_that_of_kvpress(own: Tensor, module: nn.Module, hidden_states: Tensor, r
         query = query * cos + rotate_half(query) * sin
     except Exception:  # whatever a layer of another kind leads to
         return False
-    difference = (query.float() - own.float()).abs().max()
-    return query.shape == own.shape and bool(difference <= 0.02 * own.float().abs().max())
+    if query.shape != own.shape:
+        return False
+    return bool((query.float() - own.float()).abs().max() <= 0.02 * own.float().abs().max())
 
 
 @torch.no_grad()

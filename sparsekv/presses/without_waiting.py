@@ -45,7 +45,7 @@ def without_waiting(press: Any) -> Any:
 def asks_layers(press: BasePress) -> bool:
     """Whether `without_waiting` gives a press that scores by queries of any layer."""
     inner: Any = press.press if type(press) in WRAPPERS else press
-    return type(inner) in (SnapKVPress, TOVAPress, ExpectedAttentionPress, KVzipPress)
+    return type(without_waiting(inner)) is not type(inner)
 
 
 def _window_attention(module: Any, hidden_states: Tensor, keys: Tensor, window: int, rotary: Rotary) -> Tensor:
