@@ -39,7 +39,7 @@ def _missing_queries(press: BasePress, model: PreTrainedModel) -> str | None:
     """Presses that make a layer's queries, of a layer that makes them otherwise."""
     if asks_layers(press) or not any(map(reads_queries, nested(press))) or all_known(model):
         return None
-    return f"it makes queries as Llama does, and {type(model).__name__} makes them otherwise"
+    return f"it makes queries or turns keys as Llama does, and {type(model).__name__} does otherwise"
 
 
 def _unknown_model(press: BasePress, model: PreTrainedModel) -> str | None:

@@ -1,12 +1,14 @@
 """The queries of an attention layer, which presses make anew from its input.
 
 kvpress makes them as Llama, Qwen3, Gemma3 and Phi3 do. A layer that normalizes them otherwise, turns other pairs of
-their entries, or turns none, would be scored by queries that it never has. `own_queries` asks the layer itself.
+their entries or none, or has another factor on its logits, would be scored by what it never has. `own_queries` asks
+the layer itself.
 
 Shapes: B batch, H query heads, L tokens, D head dimension, R entries that the rotary embedding turns.
 """
 
 import inspect
+import math
 import weakref
 from collections.abc import MutableMapping
 from typing import Any
@@ -18,6 +20,8 @@ from kvpress.utils import get_prerope_query_states
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
+
+from sparsekv.modes import switched
 
 Rotary = tuple[Tensor, Tensor] | None  # cos and sin, each [1 or B, L, R]; None where a model hands its layers none
 
@@ -57,8 +61,7 @@ def own_queries(module: nn.Module, hidden_states: Tensor, rotary: Rotary) -> tup
     hidden_states : [B, L, hidden]
         Its input.
     rotary : tuple or None
-        Of the positions that the queries are wanted for. Queries are linear in it: the mean over positions gives the
-        mean of the queries.
+        Of the positions that the queries are wanted for.
 
     Raises
     ------
@@ -95,28 +98,31 @@ def kvpress_knows(module: nn.Module, hidden_states: Tensor, rotary: Rotary) -> b
     True as well where the layer cannot be asked: nothing is known against it.
     """
     if module not in _known:
-        hidden_states = hidden_states[:, -COMPARED:]
-        rotary = None if rotary is None else (rotary[0][:, -COMPARED:], rotary[1][:, -COMPARED:])
-        try:
-            own, _ = own_queries(module, hidden_states, rotary)
-        except Exception:  # a layer of any kind
-            _known[module] = True
-        else:
-            _known[module] = _is_that_of_kvpress(own, module, hidden_states, rotary)
+        with switched(module.modules(), "training", False):  # dropout would draw for each of both
+            _known[module] = _compare(module, hidden_states[:, -COMPARED:], rotary)
     return _known[module]
 
 
 _known: MutableMapping[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-def _is_that_of_kvpress(own: Tensor, module: nn.Module, hidden_states: Tensor, rotary: Rotary) -> bool:
+def _compare(module: nn.Module, hidden_states: Tensor, rotary: Rotary) -> bool:
+    try:
+        rotary = None if rotary is None else (rotary[0][:, -COMPARED:], rotary[1][:, -COMPARED:])
+        own, scaling = own_queries(module, hidden_states, rotary)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a layer of any kind
+        return True
     try:
         cos, sin = (x.unsqueeze(1) for x in rotary or ())
         query = get_prerope_query_states(module, hidden_states)
         query = query * cos + rotate_half(query) * sin
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # whatever a layer of another kind leads to
         return False
-    if query.shape != own.shape:
+    if query.shape != own.shape or not math.isclose(scaling, query.shape[-1] ** -0.5, rel_tol=1e-3):
         return False
     return bool((query.float() - own.float()).abs().max() <= 0.02 * own.float().abs().max())
 
@@ -146,4 +152,5 @@ def all_known(model: PreTrainedModel) -> bool:
 
 def reads_queries(press: BasePress) -> bool:
     """Whether a press makes queries, or turns keys, as Llama does."""
-    return isinstance(press, READERS)
+    on_the_fly = isinstance(press, kvpress.DuoAttentionPress) and press.on_the_fly_scoring
+    return on_the_fly or isinstance(press, READERS)

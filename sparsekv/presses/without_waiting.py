@@ -60,6 +60,11 @@ def _window_attention(module: Any, hidden_states: Tensor, keys: Tensor, window: 
     return logits.softmax(-1, dtype=torch.float32).to(query.dtype)[..., :-window]
 
 
+def _check_longer(keys: Tensor, least: int) -> None:
+    if keys.shape[2] <= least:
+        raise ValueError(f"{keys.shape[2]} tokens: more than {least} are needed")
+
+
 def _pinned(scores: Tensor, first: int = 0, last: int = 0) -> Tensor:
     """Scores [B, G, C] with so many entries before and after them that are never evicted."""
     top = (scores.detach().amax() + 1).expand(*scores.shape[:2], max(first, last))
@@ -79,7 +84,8 @@ class SnapKV(SnapKVPress):
         attentions: Tensor | None,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """[B, G, C]."""
+        """[B, G, C]; raises ValueError for a context that is no longer than the window."""
+        _check_longer(keys, self.window_size)
         rotary = kwargs["position_embeddings"]
         attended = _window_attention(module, hidden_states, keys, self.window_size, rotary).mean(dim=-2)
         smooth = F.avg_pool1d(attended, kernel_size=self.kernel_size, padding=self.kernel_size // 2, stride=1)
@@ -103,6 +109,20 @@ class TOVA(TOVAPress):
         rotary = kwargs["position_embeddings"]
         attended = _window_attention(module, hidden_states, keys, 1, rotary)
         return _pinned(attended.mean(1).repeat(1, keys.shape[1], 1), last=1)
+
+
+def _mean_of_two(cos: Tensor, sin: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Two rotations [1, 1, R] whose mean is that of all n, [1, n, R].
+
+    Pair by pair, the mean is (e^{i(φ + δ)} + e^{i(φ − δ)}) / 2 with φ its angle and cos δ its length. Both are
+    rotations, as the mean is not, so that a norm after them has the same factor as after each of the n.
+    """
+    wide = cos.float(), sin.float()
+    scale = torch.hypot(*wide)[:, :1]  # 1, or a factor on both, as YaRN's
+    x, y = (part.mean(1, keepdim=True) for part in wide)
+    angle, apart = torch.atan2(y, x), (torch.hypot(x, y) / scale).clamp(max=1).acos()
+    both = (angle + apart, angle - apart)
+    return [((scale * turn.cos()).to(cos.dtype), (scale * turn.sin()).to(cos.dtype)) for turn in both]
 
 
 @dataclass
@@ -135,17 +155,17 @@ class ExpectedAttention(ExpectedAttentionPress):
     def _own_statistics(
         self, module: Any, hidden_states: Tensor, rotary: Rotary
     ) -> tuple[float, Tensor, Tensor | None]:
-        """Divisor of the logits, mean [B, H, D] and covariance [B, H, D, D] of a layer's own queries, turned.
-
-        By the mean cosine and sine of future positions, in which queries are linear.
-        """
+        """Divisor of the logits, mean [B, H, D] and covariance [B, H, D, D] of a layer's own queries, turned."""
         length, tokens = hidden_states.shape[1], hidden_states[:, self.n_sink :]
-        if rotary is not None:
+        if rotary is None:
+            query, scaling = own_queries(module, tokens, None)
+        else:
             positions = torch.arange(length, length + self.n_future_positions, device=hidden_states.device)[None]
-            cos, sin = module.rotary_emb(hidden_states, positions)
-            cos, sin = (x.mean(1, keepdim=True).expand(-1, tokens.shape[1], -1) for x in (cos, sin))
-            rotary = cos, sin
-        query, scaling = own_queries(module, tokens, rotary)
+            cos, sin = (x.to(hidden_states.device) for x in module.rotary_emb(hidden_states, positions))
+            shape = (-1, tokens.shape[1], -1)
+            turns = [(cos.expand(shape), sin.expand(shape)) for cos, sin in _mean_of_two(cos, sin)]
+            (query, scaling), (other, _) = (own_queries(module, tokens, turn) for turn in turns)
+            query = (query + other) / 2
         mean = query.mean(2, keepdim=True)
         centered = query - mean
         covariance = centered.mT @ centered / query.shape[2] if self.use_covariance else None
@@ -160,7 +180,8 @@ class ExpectedAttention(ExpectedAttentionPress):
         attentions: Tensor | None,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """[B, G, C]."""
+        """[B, G, C]; raises ValueError for a context that is no longer than the first tokens."""
+        _check_longer(keys, self.n_sink)
         keys, values = keys[:, :, self.n_sink :], values[:, :, self.n_sink :]
         width = keys.shape[-1]
         rotary = kwargs["position_embeddings"]

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sparsekv.errors import require
 from sparsekv.files import write_json, writing
+from sparsekv.modes import ADAPTER_SWITCH, switched, training_already
 from sparsekv.observe import observing
 from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.callbacks import ScheduleCallback
@@ -25,7 +26,6 @@ from sparsekv.training.hidden_states import last_hidden, require_plain_head, run
 from sparsekv.training.kv_dropout import KVDropoutContext, base_of
 from sparsekv.training.loss import IGNORE_INDEX, LogitSums, distillation_loss, sums_from_logits
 from sparsekv.training.meter import Meter
-from sparsekv.training.modes import ADAPTER_SWITCH, switched, training_already
 from sparsekv.training.plan import EvictionPlan
 from sparsekv.training.scheduler import KeepRatioScheduler
 from sparsekv.training.selection import later_attention

@@ -16,9 +16,9 @@ from sparsekv.attention import (
     two_region_mask,
 )
 from sparsekv.errors import UserError
+from sparsekv.modes import switched
 from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.choices import SKETCHING_RULES
-from sparsekv.training.modes import switched
 from sparsekv.training.plan import EvictionPlan
 from sparsekv.training.rules import Kept, LayerContext, PositionEmbeddings, layer_of, make_rule
 from sparsekv.training.selection import selection_loss

@@ -70,6 +70,7 @@ LAYERS = [  # a file imports from lower layers, from its own, and never from a h
         "prompts",
         "cuda_graph",
         "kernels",
+        "modes",
         "packed_attention",
         "attention_interface",
         "recall",

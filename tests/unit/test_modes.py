@@ -5,7 +5,7 @@ import torch
 from tiny import make_tiny
 
 from sparsekv.adapters import attach_lora
-from sparsekv.training.modes import ADAPTER_SWITCH, switched, training_already
+from sparsekv.modes import ADAPTER_SWITCH, switched, training_already
 
 
 @pytest.fixture

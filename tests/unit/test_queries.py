@@ -1,19 +1,24 @@
 """Presses score a layer by the queries that it has, whatever the model."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from kvpress import ExpectedAttentionPress, KVzipPress, SnapKVPress
 from tiny import SHAPE, make_tiny
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
+from sparsekv.adapters import attach_lora
 from sparsekv.evaluation.engine.scores import Scores
-from sparsekv.presses import kvpress_knows, why_not
+from sparsekv.presses import kvpress_knows, queries, why_not
 from sparsekv.presses.queries import _known, all_known, own_queries
 from sparsekv.presses.without_waiting import KVzip, without_waiting
 
 LENGTH, WINDOW = 90, 8
 OTHERS = {
     "cohere": {},  # turns neighbours
+    "granite": {"attention_multiplier": 0.0625},  # another factor on the logits
+    "hunyuan_v1_dense": {},  # a norm after the rotation
     "glm4": {},  # half of the entries, and neighbours
     "olmo2": {},  # a norm over all heads
     "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32},  # a norm of its own class
@@ -26,7 +31,7 @@ def make_other(name):
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**SHAPE, **OTHERS[name]), attn_implementation="eager")
     with torch.no_grad():  # norms that do something, sharp attention
         for key, weight in model.named_parameters():
-            if "q_norm" in key:
+            if "q_norm" in key or "query_layernorm" in key:
                 weight.uniform_(0.5, 2)
             elif "q_proj" in key or "k_proj" in key:
                 weight.mul_(8)
@@ -120,8 +125,8 @@ def test_what_is_evaluated_is_scored_by_them(other):
 
 
 def test_presses_that_cannot_ask_are_named(other):
-    who = f"it makes queries as Llama does, and {type(other).__name__} makes them otherwise"
-    for spec in ("finch", "think", "pyramidkv", "decoding_snapkv"):
+    who = f"it makes queries or turns keys as Llama does, and {type(other).__name__} does otherwise"
+    for spec in ("finch", "think", "pyramidkv", "decoding_snapkv", "duo_attention_on_the_fly"):
         assert why_not(spec, other) == f"{spec}: {who}"
     for spec in ("no_press", "knorm", "anchor", "snapkv", "critical_snapkv", "expected_attention", "tova"):
         assert why_not(spec, other) is None
@@ -161,3 +166,40 @@ def test_kvzip_repeats_with_the_same_attention(family, monkeypatch):
         wanted = replay(KVzipPress, module, hidden, keys, values, kwargs)
         monkeypatch.setitem(_known, module, False)
         torch.testing.assert_close(replay(KVzip, module, hidden, keys, values, kwargs), wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_dropout_makes_no_layer_unknown():
+    torch.manual_seed(0)
+    model = attach_lora(make_tiny("llama"), 4, 8, ["q_proj"], dropout=0.5)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    model.train()
+    assert all_known(model)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_layer_of_another_kind_is_not_known_to_be_wrong():
+    """DeepSeek-V2 hands its layers one complex tensor: what a press makes of it shows when it scores."""
+    shape = {**SHAPE, "head_dim": 8, "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 32}
+    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 2}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["deepseek_v2"](**shape, **heads))
+    assert why_not("think", model) is None
+
+
+def test_running_out_of_memory_is_no_answer(monkeypatch):
+    model = make_tiny("llama")
+    monkeypatch.setattr(queries, "own_queries", Mock(side_effect=torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        all_known(model)
+    monkeypatch.undo()
+    assert all_known(model)
+
+
+@pytest.mark.parametrize("press", [SnapKVPress(window_size=8), ExpectedAttentionPress(n_sink=8)])
+def test_too_short_a_context_is_named(press):
+    model = make_tiny("llama")
+    model.set_attn_implementation("eager")
+    module, hidden, keys, values, kwargs, _ = next(read(model))
+    with pytest.raises(ValueError, match=r"^8 tokens: more than 8 are needed$"):
+        without_waiting(press).score(module, hidden[:, :8], keys[:, :, :8], values[:, :, :8], None, kwargs)
