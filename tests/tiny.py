@@ -115,6 +115,13 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def logits(model) -> torch.Tensor:
+    """[2, 40, V]: what a tiny model says to two fixed rows."""
+    ids = torch.randint(0, VOCAB_SIZE, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
 def save_tiny(folder: Path, name: str = "llama", **changes) -> str:
     """Save a tiny model and its tokenizer as a model folder; returns the folder's name."""
     make_tiny(name, **changes).save_pretrained(folder)

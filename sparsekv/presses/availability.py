@@ -1,5 +1,6 @@
 """Why a press cannot run here, as far as that shows without running it or asking the network."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import kvpress
@@ -27,12 +28,17 @@ def why_not(spec: str, model: PreTrainedModel) -> str | None:
         If there is no such press or parameter.
     """
     press = make_press(spec, 0.0)
-    if press is None:
-        return None
-    reasons = [_missing_queries(press, model)]
-    for part in nested(press):
-        reasons += _unknown_model(part, model), _missing_files(part, model), _adapter_in_the_way(part, model)
+    reasons = () if press is None else _reasons(press, model)
     return next((f"{spec}: {reason}" for reason in reasons if reason), None)
+
+
+def _reasons(press: BasePress, model: PreTrainedModel) -> Iterator[str | None]:
+    """What each check says, until one says something."""
+    yield _missing_queries(press, model)
+    for part in nested(press):
+        yield _unknown_model(part, model)
+        yield _missing_files(part, model)
+        yield _adapter_in_the_way(part, model)
 
 
 def _missing_queries(press: BasePress, model: PreTrainedModel) -> str | None:

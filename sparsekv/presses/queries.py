@@ -66,7 +66,7 @@ def own_queries(module: nn.Module, hidden_states: Tensor, rotary: Rotary) -> tup
     Raises
     ------
     ValueError
-        For a layer that does not attend through the interface.
+        For a layer that does not attend through the interface; one of another kind may raise anything.
     """
     forward = type(module).forward  # without hooks, and without what an instance has in its place
     known = inspect.signature(forward).parameters
@@ -131,23 +131,21 @@ def _compare(module: nn.Module, hidden_states: Tensor, rotary: Rotary) -> bool:
 def all_known(model: PreTrainedModel) -> bool:
     """Whether kvpress makes the queries of all layers of a model as it does, by a forward pass of a few tokens."""
     decoder: Any = model.get_decoder()
-    found: list[bool] = []
 
     def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        found.append(kvpress_knows(module, hidden_states, kwargs.get("position_embeddings")))
+        kvpress_knows(module, hidden_states, kwargs.get("position_embeddings"))
 
     layers = [layer.self_attn for layer in getattr(decoder, "layers", ()) if hasattr(layer, "self_attn")]
-    if all(layer in _known for layer in layers):
-        return all(_known[layer] for layer in layers)
-    handles = [layer.register_forward_pre_hook(ask, with_kwargs=True) for layer in layers]
+    handles = [layer.register_forward_pre_hook(ask, with_kwargs=True) for layer in layers if layer not in _known]
     try:
-        embeddings: Any = model.get_input_embeddings()
-        decoder(input_ids=torch.arange(COMPARED, device=embeddings.weight.device)[None], use_cache=False)
+        if handles:
+            embeddings: Any = model.get_input_embeddings()
+            decoder(input_ids=torch.arange(COMPARED, device=embeddings.weight.device)[None], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return all(found)
+    return all(_known.get(layer, True) for layer in layers)
 
 
 def reads_queries(press: BasePress) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import attend_as_ever, make_tiny_tokenizer, run_options, save_tiny, train_config
+from tiny import attend_as_ever, logits, make_tiny_tokenizer, run_options, save_tiny, train_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from sparsekv.adapters import merge_adapter
@@ -21,7 +21,6 @@ from sparsekv.training.kv_dropout import KVDropoutContext
 from sparsekv.training.run import train
 
 RULES = dict.fromkeys(("anchor", "random", "streaming_llm", "knorm", "keydiff", "expected_attention"), 1.0)
-IDS = torch.randint(5, 320, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +41,6 @@ def finished(options, tmp_path_factory):
 
 def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

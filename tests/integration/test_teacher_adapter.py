@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import run_options, save_tiny, train_config
+from tiny import logits, run_options, save_tiny, train_config
 from transformers import TrainerCallback
 
 from sparsekv.adapters import load_adapter, merge_adapter
@@ -20,7 +20,6 @@ from sparsekv.models import load_model
 from sparsekv.training import run
 from sparsekv.training.run import train
 
-IDS = torch.randint(5, 320, (2, 40), generator=torch.Generator().manual_seed(1))
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -44,11 +43,6 @@ def adapter(first, tmp_path) -> Path:
 
 def second(options: dict, out: Path, teacher: Path, **changes):
     return train_config(options, out, teacher_adapter=str(teacher), **changes)
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 def figures(out: Path) -> list[dict]:

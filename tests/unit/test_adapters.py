@@ -11,7 +11,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from tiny import make_tiny, save_tiny
+from tiny import logits, make_tiny, save_tiny
 
 from sparsekv.adapters import attach_lora, check_adapter, load_adapter, merge_adapter
 from sparsekv.demo_model import demo_model_place
@@ -19,12 +19,6 @@ from sparsekv.errors import UserError
 from sparsekv.models import load_config, load_model, load_tokenizer
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-IDS = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(1))
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 @pytest.fixture

@@ -7,18 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, make_tiny, save_tiny
+from tiny import FAMILIES, logits, make_tiny, save_tiny
 
 from sparsekv import models
 from sparsekv.errors import UserError
 from sparsekv.models import check_ids, load_model, load_tokenizer, resolve_model
-
-IDS = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(1))
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 @pytest.fixture
