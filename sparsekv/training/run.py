@@ -45,7 +45,7 @@ from sparsekv.training.output import (
 )
 from sparsekv.training.peers import others_alive
 from sparsekv.training.plan import EvictionPlan
-from sparsekv.training.record import FINAL
+from sparsekv.training.record import FINAL, rows_of_a_step
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +98,19 @@ def train(config: TrainConfig) -> Path | None:
         with alone_in(out, config, args.world_size, checkpoint) if args.should_save else contextlib.nullcontext():
             if args.should_save:
                 prepare_output_dir(out, record)
+                print(_passes(record, config))
             args.distributed_state.wait_for_everyone()
             final = _run(trainer, out, record, checkpoint)
     if args.world_size > 1:
         atexit.register(_leave_group, args.distributed_state)
     return final
+
+
+def _passes(record: dict[str, Any], config: TrainConfig) -> str:
+    """How often the rows are used: larger steps than were meant would show nowhere else."""
+    rows, step = config.num_train_samples, rows_of_a_step(record, 1)
+    passes = config.max_steps * step / rows if config.max_steps > 0 else config.num_train_epochs
+    return f"rows: {rows:,}, each {passes:.3g} times; {step:,} an optimizer step"
 
 
 def _speed_up(trainer: EITTrainer, teacher: PreTrainedModel | None, config: TrainConfig) -> dict[str, Any]:

@@ -249,6 +249,18 @@ def test_epochs_and_a_mixture_of_sources(options, tmp_path):
     assert json.loads((final / "scheduler_state.json").read_text("utf-8"))["global_step"] == 5
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_steps": 3}, "rows: 16, each 1.5 times; 8 an optimizer step"),
+        ({"max_steps": -1, "num_train_epochs": 0.5}, "rows: 16, each 0.5 times; 8 an optimizer step"),
+    ],
+)
+def test_how_often_the_rows_are_used_is_said(options, tmp_path, capsys, changes, said):
+    train(train_config(options, tmp_path / "out", num_train_samples=16, batch_size=4, grad_accum=2, **changes))
+    assert said in capsys.readouterr().out.splitlines()
+
+
 def test_only_before_and_after(options, tmp_path):
     """--eval_steps 0 still gives the model card its figures."""
     train(train_config(options, tmp_path / "out", eval_steps=0, max_steps=3))
