@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from scripts import write_results
-from scripts.write_results import COMMANDS
+from scripts.write_results import COMMANDS, NOT_TAKEN
 from sparsekv.errors import UserError
 from tests.comparison import Comparison
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = ("goals", "headline", "beyond", "more-kl", "three-kl", "trainings", "ablations")
+BLOCKS = ("goals", "headline", "beyond", *NOT_TAKEN, "trainings", "ablations")
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def write_training(folder: Path, **changes: object) -> None:
 
 def test_what_is_absent_is_said_with_its_command(tmp_path: Path, document: Path) -> None:
     main(tmp_path / "results", document)
-    experiments = ("headline", "headline", "beyond", "more-kl", "three-kl", "headline", "ablations")
+    experiments = ("headline", "headline", "beyond", *NOT_TAKEN, "headline", "ablations")
     for name, experiment in zip(BLOCKS, experiments, strict=True):
         assert "is not there yet" in block(document, name)
         assert block(document, name).endswith(f"\n\n    {COMMANDS[experiment]}")
@@ -133,7 +133,7 @@ def test_other_lengths_and_tasks(tmp_path: Path, document: Path) -> None:
     assert lines[2][3:] == ["50.0 → 60.0 → 60.0", "10.0 → 15.0 → 30.0", "20.0% → 25.0% → 50.0%", "▲ 0 ▼ 1 = 0"]
 
 
-@pytest.mark.parametrize("recipe", ["more-kl", "three-kl"])
+@pytest.mark.parametrize("recipe", NOT_TAKEN)
 def test_a_recipe_that_was_not_taken_has_the_same_tables(tmp_path: Path, document: Path, recipe: str) -> None:
     for name, evicted in (("headline", 60), (recipe, 70)):
         comparison(evicted).write(tmp_path / "results" / name)
