@@ -33,6 +33,7 @@ from transformers import (
 
 from sparsekv.demo_model import DEMO_MODEL, demo_model_folder, demo_model_place
 from sparsekv.errors import UserError, gist, named_gist
+from sparsekv.fingerprint import fingerprint
 
 DTYPES = ("float32", "bfloat16", "float16")
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's ways to spread a model
@@ -125,6 +126,23 @@ def load_model(
         raise UserError(f"--model {name}: {len(unfit)} weights are missing or of another shape, e.g. {unfit[0]}")
     model.name_or_path = source  # adapters name their base by it; a cached snapshot's folder would not do
     return model
+
+
+def other_layers(config: PreTrainedConfig) -> set[str]:
+    """Kinds of a text model's layers beside full attention: sliding_attention, …; no window hides what has a place."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        return {*layer_types} - {"full_attention"}
+    window = getattr(config, "sliding_window", None)
+    used = getattr(config, "use_sliding_window", True)
+    slides = used and window is not None and window < config.max_position_embeddings
+    return {"sliding_attention"} if slides else set()
+
+
+def model_fingerprint(name: str, config: PreTrainedConfig) -> str:
+    """Of what a folder holds; of a model from the Hub its commit."""
+    source = Path(resolve_model(name))
+    return fingerprint(source) if source.is_dir() else str(getattr(config, "_commit_hash", None))
 
 
 def model_without_weights(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from sparsekv.anchors import real_tokens
 from sparsekv.errors import require
 from sparsekv.inference.entries import as_attention_mask, take
+from sparsekv.models import other_layers
 
 SERVED_ATTENTION = ("sdpa", "eager")  # the others cannot be given any mask
 
@@ -233,9 +234,6 @@ def check_layers(model: PreTrainedModel) -> None:
     biased = text.model_type in ("bloom", "mpt") or getattr(text, "alibi", False)
     reason = "has ALiBi, which counts the entries between; give a model with positions in its keys"
     require(not biased, f"{config.model_type}: {reason}")
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    windowed = getattr(text, "layer_types", None) is None and getattr(text, "sliding_window", None) is not None
-    kinds |= {"sliding_attention"} if windowed else set()
-    kinds |= {"state-space"} if recurrent and kinds == {"full_attention"} else set()
-    others = ", ".join(sorted(kinds - {"full_attention"}))
+    kinds = other_layers(text) or ({"state-space"} if recurrent else set())
+    others = ", ".join(sorted(kinds))
     require(not others, f"{config.model_type}: has {others} layers; give a model with full attention in every layer")

@@ -22,7 +22,7 @@ def kept_count(length: int, keep_ratio: float) -> int:
 
     kvpress rounds ``length * (1 - compression_ratio)`` down, and 1 − (1 − keep ratio) is not always the keep ratio.
     """
-    return max(1, compute_n_kept(length, 1 - keep_ratio))
+    return compute_n_kept(length, 1 - keep_ratio)
 
 
 def build_kv_mask_from_anchors(

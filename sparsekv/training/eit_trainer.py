@@ -288,7 +288,7 @@ class EITTrainer(Trainer):
         for number, batch in enumerate(batches):
             inputs = self._prepare_inputs(batch)
             length = inputs["input_ids"].shape[1]
-            cut = round(length * (self.config.min_cut + self.config.max_cut) / 2)
+            cut = math.floor(length * (self.config.min_cut + self.config.max_cut) / 2)
             row = number * processes + process
             plan = self._eval_plan(row, cut, keep_ratio)
             first_query = cut if self.config.geometry == "two_region" else 0

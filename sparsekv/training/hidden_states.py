@@ -58,6 +58,8 @@ def _noting(base: PreTrainedModel, found: dict[str, Tensor]) -> Iterator[None]:
 
 def _forward_inputs(inputs: dict[str, Tensor]) -> dict[str, Any]:
     known: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    if "attention_mask" in known:  # some presses score by distances from the row's first token
+        known["position_ids"] = (known["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
     return {**known, "use_cache": False, "logits_to_keep": 1}  # the one token's logits are thrown away
 
 

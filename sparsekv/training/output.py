@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils.constants import FSDP_MODEL_NAME
+from transformers import PreTrainedConfig
 
 from sparsekv.errors import UserError, require
 from sparsekv.files import check_writable, held, readable, write_json, write_text, writing
 from sparsekv.fingerprint import fingerprint
+from sparsekv.models import model_fingerprint
 from sparsekv.training.checkpoints import newest_checkpoint
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import SCHEDULER_STATE, STAGING, EITTrainer
@@ -70,6 +72,17 @@ def check_same_inputs(out: Path, record: dict[str, Any]) -> None:
     if not (out / RUN_CONFIG).is_file():
         return
     before = _read_record(out)
+    config = record["config"]
+    require(
+        before.get("model_fingerprint") in (None, record["model_fingerprint"]),
+        f"--resume: {out} began from other weights than lie in --model {config['model']} now: begin in another "
+        "--output_dir",
+    )
+    require(
+        before.get("rules_in_order") in (None, record["rules_in_order"]),
+        f"--resume: {out} was trained with --rules in another order, by which they are drawn: give them in that of "
+        f"rules_in_order in its {RUN_CONFIG}",
+    )
     require(
         before["data_fingerprint"] == record["data_fingerprint"],
         f"--resume: {out} was trained on other rows; what --data reads, or the version of sparsekv that makes "
@@ -78,7 +91,7 @@ def check_same_inputs(out: Path, record: dict[str, Any]) -> None:
     require(
         before.get("teacher_fingerprint") == record["teacher_fingerprint"],
         f"--resume: {out} began as another adapter than lies in --teacher_adapter "
-        f"{record['config']['teacher_adapter']} now: begin in another --output_dir",
+        f"{config['teacher_adapter']} now: begin in another --output_dir",
     )
 
 
@@ -132,8 +145,10 @@ def removed_if_unused(out: Path) -> Iterator[None]:
         raise
 
 
-def run_record(config: TrainConfig, data_fingerprint: str, processes: int) -> dict[str, Any]:
-    """What is needed to run this again: options, processes, versions, commit, data, and the teacher's adapter."""
+def run_record(
+    config: TrainConfig, model_config: PreTrainedConfig, data_fingerprint: str, processes: int
+) -> dict[str, Any]:
+    """What is needed to run this again: options, processes, versions, commit, weights, data, the teacher's adapter."""
     teacher = config.teacher_adapter
     packages = ("torch", "transformers", "peft", "kvpress", "accelerate", "datasets")
     return {
@@ -141,6 +156,8 @@ def run_record(config: TrainConfig, data_fingerprint: str, processes: int) -> di
         "processes": processes,
         "versions": versions(packages),
         "commit": commit(),
+        "rules_in_order": list(config.rules),
+        "model_fingerprint": model_fingerprint(config.model, model_config),
         "data_fingerprint": data_fingerprint,
         "teacher_fingerprint": None if teacher is None else fingerprint(Path(teacher)),
     }

@@ -8,9 +8,7 @@ from sparsekv.training.config import TrainConfig
 RUN_CONFIG = "eit_config.json"
 FINAL = "final"
 BEFORE = {"lambda_ce_context": 0.0}  # what runs did before an option existed, where that is not its default
-MAY_CHANGE_ON_RESUME = {
-    *("resume", "save_steps", "eval_steps", "logging_steps", "report_to", "output_dir", "device_map", "compile"),
-}
+MAY_CHANGE_ON_RESUME = {"resume", "save_steps", "logging_steps", "report_to", "output_dir", "device_map", "compile"}
 
 
 def rows_of_a_step(record: dict[str, Any], processes: int) -> int:
@@ -35,8 +33,7 @@ def changed_options(recorded: dict[str, Any], config: TrainConfig) -> dict[str, 
     An option that the record of an older version lacks had its default, if `BEFORE` says nothing else.
     """
     before = asdict(TrainConfig(model=config.model, output_dir=config.output_dir)) | BEFORE | recorded
+    free = MAY_CHANGE_ON_RESUME | ({"eval_steps"} if config.scheduler_mode != "adaptive" else set())
     return {
-        name: (before[name], now)
-        for name, now in asdict(config).items()
-        if name not in MAY_CHANGE_ON_RESUME and before[name] != now
+        name: (before[name], now) for name, now in asdict(config).items() if name not in free and before[name] != now
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
-from kvpress import AdaKVPress, PyramidKVPress, ScorerPress, StreamingLLMPress, TOVAPress
+from kvpress import AdaKVPress, NonCausalAttnPress, PyramidKVPress, ScorerPress, StreamingLLMPress, TOVAPress
 from kvpress.utils import compute_n_kept
 from torch import Tensor, nn
 
@@ -119,6 +119,9 @@ class PressRule:
             self.press.input_ids = context.input_ids
         if isinstance(self.press, SeededRandomPress):
             self.press.row_seeds = context.row_seeds
+        rows, length = context.input_ids.shape
+        if isinstance(self.press, NonCausalAttnPress) and rows > 1:  # its scores are relative to those of all rows
+            return torch.cat([self._score(context.row(row, 0, length)) for row in range(rows)])
         kwargs = {"position_embeddings": context.position_embeddings}
         tensors = (context.hidden_states, context.keys, context.values)
         return self.press.score(context.module, *tensors, attentions=None, kwargs=kwargs)

@@ -87,7 +87,7 @@ def train(config: TrainConfig) -> Path | None:
     _check_tokens(rows, tokenizer, base, config.model)
     set_seed(config.seed)  # the adapter's initialisation does not depend on how the data was read
     model, teacher = student_and_teacher(base, config, args)
-    record = run_record(config, fingerprint, args.world_size) | {"validation_rows": len(rows[1])}
+    record = run_record(config, base.config, fingerprint, args.world_size) | {"validation_rows": len(rows[1])}
     check_same_inputs(out, record)
     with removed_if_unused(out):
         trainer = _make_trainer(model, teacher, tokenizer, config, args, rows)

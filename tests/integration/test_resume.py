@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import as_flags, messages, run_options, train_config
 from transformers import TrainerCallback
 
@@ -315,10 +315,42 @@ def test_other_options_are_refused(options, half, name, value):
     assert contents(half) == before
 
 
+def test_rules_in_another_order_are_refused(options, half):
+    """They are drawn by their places."""
+    rules = dict(reversed(train_config(options, half).rules.items()))
+    before = contents(half)
+    with pytest.raises(UserError, match=f"^--resume: {half} .*--rules in another order"):
+        train(train_config(options, half, resume=True, rules=rules))
+    assert contents(half) == before
+
+
+def test_an_adaptive_schedule_keeps_its_evaluations(options, tmp_path):
+    """It moves at them."""
+    options = {**options, "scheduler_mode": "adaptive", "ppl_threshold": 9.0, "max_steps": 3}
+    train(train_config(options, tmp_path / "out"))
+    shutil.rmtree(tmp_path / "out" / "final")
+    with pytest.raises(UserError, match=r"--eval_steps 2 \(was 3\)"):
+        train(train_config(options, tmp_path / "out", resume=True, eval_steps=2))
+
+
+def test_other_weights_are_refused(options, half, tmp_path):
+    folder = shutil.copytree(options["model"], tmp_path / "model")
+    record = json.loads((half / "eit_config.json").read_text("utf-8"))
+    record["config"]["model"] = str(folder)
+    (half / "eit_config.json").write_text(json.dumps(record), "utf-8")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight * 1.01 for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    before = contents(half)
+    with pytest.raises(UserError, match=f"^--resume: {half} began from other weights than lie in --model {folder} now"):
+        train(train_config(options, half, resume=True, model=str(folder)))
+    assert contents(half) == before
+
+
 def test_a_run_from_before_an_option_existed_has_its_default(options, uninterrupted, half):
     file = half / "eit_config.json"
     record = json.loads(file.read_text("utf-8"))
     del record["config"]["temperature"], record["config"]["compile"]
+    del record["model_fingerprint"], record["rules_in_order"]
     file.write_text(json.dumps(record), "utf-8")
     with pytest.raises(UserError, match=rf"^--resume: {half} .*: --temperature 2.0 \(was 1.0\)$"):
         train(train_config(options, half, resume=True, temperature=2.0))

@@ -261,6 +261,12 @@ def test_how_often_the_rows_are_used_is_said(options, tmp_path, capsys, changes,
     assert said in capsys.readouterr().out.splitlines()
 
 
+def test_the_latest_cut_that_is_allowed_has_an_evaluation(options, tmp_path):
+    changes = {"min_cut": 0.97, "max_cut": 0.97, "num_cuts": 1, "max_seq_len": 48, "rules": {"knorm": 1.0}}
+    train(train_config(options, tmp_path / "out", max_steps=1, lambda_selection=0.0, **changes))
+    assert all(line["eval_evicted_ppl"] > 0 for line in lines(tmp_path / "out") if "eval_evicted_ppl" in line)
+
+
 def test_only_before_and_after(options, tmp_path):
     """--eval_steps 0 still gives the model card its figures."""
     train(train_config(options, tmp_path / "out", eval_steps=0, max_steps=3))

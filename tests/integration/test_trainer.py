@@ -13,6 +13,7 @@ from sparsekv.adapters import attach_lora
 from sparsekv.errors import UserError
 from sparsekv.training import eit_trainer
 from sparsekv.training.anchor import AnchorConfig
+from sparsekv.training.choices import SKETCHING_RULES, SMOOTH_RULES
 from sparsekv.training.config import EITConfig, default_rules
 from sparsekv.training.eit_trainer import EITTrainer
 from sparsekv.training.kv_dropout import KVDropoutContext
@@ -234,6 +235,24 @@ def test_accumulation_changes_nothing(tmp_path, tiny_tokenizer, padded):
     for line, wanted in zip(runs[0][1], runs[1][1], strict=True):
         for figure in ("loss", "ce", "kl", "ce_context", "kl_context", "grad_norm"):
             assert line[figure] == pytest.approx(wanted[figure], rel=1e-4), figure
+
+
+@pytest.mark.parametrize("rule", [name for name in SMOOTH_RULES if name not in SKETCHING_RULES])
+def test_accumulation_changes_no_selection_loss(tmp_path, tiny_tokenizer, rule):
+    """Whatever a press makes its scores relative to."""
+    plain = {"lambda_kl": 0.0, "lambda_context": 0.0, "lambda_ce_context": 0.0}
+    norms = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        trainer = make_trainer(
+            *(tmp_path, tiny_tokenizer, mixture(rules={rule: 1.0}, lambda_selection=3.0, **plain)),
+            data=rows(8),
+            max_steps=2,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+        )
+        trainer.train()
+        norms.append([line["grad_norm"] for line in trainer.state.log_history if "loss" in line])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
 def test_padded_rows_have_no_selection_loss(tmp_path, tiny_tokenizer):

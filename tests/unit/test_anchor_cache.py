@@ -380,6 +380,18 @@ def test_sliding_layers(name, changes, kind):
         AnchorCache(make_sharp(name, **changes), selector=SELECTORS[2, 4])
 
 
+@pytest.mark.parametrize("mode", ["prefill", "streaming"])
+def test_a_window_that_hides_nothing_changes_nothing(mode):
+    """As Phi-3's, which is as long as its positions, or longer."""
+    ids, answers = text(2, 40), []
+    for window in (None, 2048):
+        model = make_sharp("mistral", sliding_window=window)
+        cache = AnchorCache(model, selector=SELECTORS[2, 4], budget=9, mode=mode)
+        answers.append(model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=8, pad_token_id=0))
+        assert max(layer.keys.shape[2] for layer in cache.layers) < 30
+    assert torch.equal(*answers)
+
+
 def test_state_space_layers():
     model = MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=8, state_size=2, num_hidden_layers=1))
     with pytest.raises(UserError, match=r"mamba: has (state-space|linear_attention) layers"):

@@ -19,6 +19,7 @@ from sparsekv.training import eviction, kv_dropout, rules
 from sparsekv.training.anchor import AnchorConfig, AnchorSelector
 from sparsekv.training.choices import OWN_RULES, PRESS_RULES
 from sparsekv.training.eviction import ForwardEviction
+from sparsekv.training.hidden_states import last_hidden
 from sparsekv.training.kv_dropout import KVDropoutContext, SDPAKVDropout
 from sparsekv.training.plan import EvictionPlan
 
@@ -490,9 +491,10 @@ def test_padded_rows_equal_the_rows_alone(side, rule, model, selector, ids, same
     batch = ids.clone()
     hidden = slice(0, pad) if side == "left" else slice(LENGTH - pad, None)
     mask[0, hidden], batch[0, hidden] = 0, 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
     context = KVDropoutContext(model, plan_for(rule, cut=cut), selector)
-    padded = logits(model, batch, context, attention_mask=mask, position_ids=positions)
+    with context:
+        hidden_states = last_hidden(model, model, {"input_ids": batch, "attention_mask": mask})
+    padded = model.lm_head(hidden_states)
     for row, own_cut in enumerate((cut - pad if side == "left" else cut, cut)):
         real = mask[row].bool()
         alone = batch[row : row + 1, real]

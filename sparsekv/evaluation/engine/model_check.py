@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from sparsekv.errors import require
+from sparsekv.models import other_layers
 
 MOVING_ROPE = ("dynamic", "longrope")
 
@@ -20,19 +21,9 @@ def check_model(config: PreTrainedConfig, name: str) -> None:
     """
     heads = hasattr(config, "num_key_value_heads")
     require(heads, f"--model {name}: {config.model_type} has no num_key_value_heads; give a Llama-like model")
-    others = ", ".join(sorted(_other_layers(config)))
+    others = ", ".join(sorted(other_layers(config)))
     require(not others, f"--model {name}: has {others} layers, and presses are made for full attention in every layer")
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type"))
     reason = f"rotary type {kind} depends on the longest row of a batch; give one of fixed frequencies"
     require(kind not in MOVING_ROPE, f"--model {name}: {reason}")
-
-
-def _other_layers(config: PreTrainedConfig) -> set[str]:
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types:
-        return {*layer_types} - {"full_attention"}
-    window = getattr(config, "sliding_window", None)
-    used = getattr(config, "use_sliding_window", True)
-    slides = used and window is not None and window < config.max_position_embeddings
-    return {"sliding_attention"} if slides else set()

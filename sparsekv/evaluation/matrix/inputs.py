@@ -33,7 +33,7 @@ from sparsekv.models import (
     load_config,
     load_tokenizer,
     may_make_unknown_ids,
-    resolve_model,
+    model_fingerprint,
 )
 from sparsekv.presses import PRESSES, is_decoding, make_press, needs_question
 from sparsekv.version import versions
@@ -122,7 +122,6 @@ def device(config: EvalConfig) -> str:
 
 
 def _load_base(name: str, config: EvalConfig) -> Base:
-    source = Path(resolve_model(name))
     model_config = load_config(name, config.trust_remote_code)
     check_model(model_config.get_text_config(), name)
     tokenizer = load_tokenizer(name, config.trust_remote_code)
@@ -131,8 +130,7 @@ def _load_base(name: str, config: EvalConfig) -> Base:
     encoders = [_load_encoder(name, suite, tokenizer, positions, config.seed) for suite in config.suites()]
     for encoder in encoders:
         _check_rows(encoder, model_config, name)
-    commit = getattr(model_config, "_commit_hash", None)  # of a model from the Hub
-    return Base(model_config, tokenizer, fingerprint(source) if source.is_dir() else str(commit), encoders)
+    return Base(model_config, tokenizer, model_fingerprint(name, model_config), encoders)
 
 
 def _load_encoder(
