@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsekv.demo_model import DEMO_MODEL
 from sparsekv.errors import UserError, require
-from sparsekv.files import new_folder, write_json, write_text
-from sparsekv.training.record import RUN_CONFIG
+from sparsekv.files import RUN_CONFIG, new_folder, write_json, write_text
 
 WEIGHTS, SETTINGS, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 LIMITS = """

@@ -4,6 +4,7 @@ Whatever cannot be loaded ends in one line that names the flag; weights are read
 """
 
 import json
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,17 +18,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsekv.errors import UserError, gist, named_gist, require
-from sparsekv.files import check_new, new_folder
+from sparsekv.files import RUN_CONFIG, check_new, new_folder
 from sparsekv.models import (
     ADAPTER_CONFIG,
     as_typed,
     load_model,
     load_tokenizer,
+    model_fingerprint,
     model_without_weights,
     save_model,
 )
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+logger = logging.getLogger(__name__)
 
 
 def attach_lora(
@@ -71,6 +75,7 @@ def load_adapter(
     """
     adapter_settings(adapter, flag)
     saved = _weight_names(Path(adapter), flag)
+    _warn_of_another_base(model, Path(adapter), flag)
     unfit = f"{flag} {adapter}: does not fit {as_typed(str(model.name_or_path))}"
     try:
         wrapped = PeftModel.from_pretrained(model, str(adapter), is_trainable=is_trainable)
@@ -150,12 +155,30 @@ def adapter_settings(adapter: str | Path, flag: str = "--adapter") -> dict[str, 
     return config
 
 
+def _warn_of_another_base(model: PreTrainedModel, adapter: Path, flag: str) -> None:
+    """An adapter fits any base of the same shapes; what a run of ours began from, it has recorded."""
+    try:
+        made_from = json.loads((adapter / RUN_CONFIG).read_bytes())["model_fingerprint"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # of elsewhere, or of an older version
+    if model.device.type == "meta":
+        return  # to be loaded once more
+    here = model_fingerprint(str(model.name_or_path), model.config)
+    if len(here) == len(made_from) and here != made_from:  # a commit of the Hub and a folder cannot be compared
+        logger.warning("%s %s: was trained from other weights than %s has", flag, adapter, model.name_or_path)
+
+
 def _weight_names(adapter: Path, flag: str) -> set[str]:
+    """Names of its weights; raise UserError where they cannot be read, or one is no number."""
     try:
         with safe_open(adapter / ADAPTER_WEIGHTS, "pt") as weights:
-            return set(weights.keys())
+            names = set(weights.keys())
+            broken = [name for name in sorted(names) if not weights.get_tensor(name).float().isfinite().all()]
     except (OSError, SafetensorError) as error:
         raise UserError(f"{flag} {adapter}: {ADAPTER_WEIGHTS} cannot be read ({gist(error)})") from error
+    if broken:
+        raise UserError(f"{flag} {adapter}: {broken[0]} is not finite; give an adapter that has not diverged")
+    return names
 
 
 def _untie_adapted(model: PreTrainedModel) -> None:

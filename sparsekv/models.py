@@ -125,7 +125,14 @@ def load_model(
     if unfit:  # transformers fills these with random numbers
         raise UserError(f"--model {name}: {len(unfit)} weights are missing or of another shape, e.g. {unfit[0]}")
     model.name_or_path = source  # adapters name their base by it; a cached snapshot's folder would not do
+    _name_head_dim(model.config.get_text_config())
     return model
+
+
+def _name_head_dim(config: Any) -> None:
+    """kvpress's critical presses read it; Qwen2 and Phi-3 leave it out, as it follows from the other two."""
+    if getattr(config, "head_dim", None) is None and hasattr(config, "num_attention_heads"):
+        config.head_dim = config.hidden_size // config.num_attention_heads
 
 
 def other_layers(config: PreTrainedConfig) -> set[str]:

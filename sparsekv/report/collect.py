@@ -16,8 +16,8 @@ from sparsekv.errors import UserError, require
 from sparsekv.evaluation.comparison.cell_files import FINISHED
 from sparsekv.evaluation.comparison.compare import ROLES, Analysis, analyze
 from sparsekv.evaluation.comparison.results import Results, load_results
+from sparsekv.files import RUN_CONFIG
 
-RECORD = "eit_config.json"  # of a training, in its folder and in its adapter's
 METRICS = "metrics.jsonl"
 
 
@@ -154,7 +154,7 @@ def _evaluated(folder: Path) -> Iterator[tuple[Path, Results]]:
 def _trainings(folder: Path) -> Iterator[Training]:
     """Every training that has measured something."""
     for file in sorted(folder.rglob(METRICS)):
-        record_file = file.with_name(RECORD)
+        record_file = file.with_name(RUN_CONFIG)
         if record_file.is_file():
             record = _parse(record_file.read_bytes(), record_file)
             config = _config(record, record_file)
@@ -216,7 +216,7 @@ def _role(folder: Path, results: Results) -> str:
     adapter = results.runs()[0][1]
     if not adapter:
         return "base"
-    record = Path(adapter) / RECORD
+    record = Path(adapter) / RUN_CONFIG
     if record.is_file():
         control = _config(_parse(record.read_bytes(), record), record).get("control", False)
     else:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from sparsekv.errors import require
+from sparsekv.errors import UserError, require
 from sparsekv.files import write_json, writing
 from sparsekv.modes import ADAPTER_SWITCH, switched, training_already
 from sparsekv.observe import observing
@@ -232,7 +232,7 @@ class EITTrainer(Trainer):
         self._resumed_schedule = json.loads((checkpoint / SCHEDULER_STATE).read_text(encoding="utf-8"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the training figures since the last log line; raise UserError where the loss is not finite any more."""
+        """Add the training figures since the last log line; raise UserError where one is not finite any more."""
         if "train_runtime" in logs:
             return  # transformers' totals, which are wrong for a resumed run
         if "loss" in logs:
@@ -240,8 +240,18 @@ class EITTrainer(Trainer):
             self._logged_step = self.state.global_step
             logs["schedule_keep_ratio"] = self.schedule.keep_ratio
         super().log(logs, start_time)
-        lost = f"--lr {self.args.learning_rate:g}: the loss is not finite at step {self.state.global_step}"
-        require(math.isfinite(logs.get("loss", 0.0)), f"{lost}; begin in another --output_dir with a lower one")
+        self._check_finite(logs)
+
+    def _check_finite(self, logs: dict[str, float]) -> None:
+        """Of a loss the update after it is not known to be, so the perplexities, which come last, count as well."""
+        figures = {name: value for name, value in logs.items() if name == "loss" or name.endswith("_ppl")}
+        lost = next((name for name, value in figures.items() if not math.isfinite(value)), None)
+        if lost is None:
+            return
+        what = "the loss" if lost == "loss" else lost
+        step, lr = self.state.global_step, f"--lr {self.args.learning_rate:g}"
+        require(step > 0, f"--model: {what} is not finite before the first step; give one that has not diverged")
+        raise UserError(f"{lr}: {what} is not finite at step {step}; begin in another --output_dir with a lower one")
 
     def evaluated(self) -> bool:
         """Whether the model as it is now has been evaluated."""

@@ -252,11 +252,15 @@ _attention_modules: MutableMapping[nn.Module, list[nn.Module]] = weakref.WeakKey
 
 @contextlib.contextmanager
 def _rotary_visible(module: nn.Module, decoder: nn.Module) -> Iterator[None]:
-    """Presses read `module.rotary_emb`; set it beside the registered submodules, so that no state dict changes."""
-    if hasattr(module, "rotary_emb") or not hasattr(decoder, "rotary_emb"):
+    """Presses read `module.rotary_emb`; set it beside the registered submodules, so that no state dict changes.
+
+    kvpress leaves the decoder's own in every layer: that one is not asked for the layer's type, and is set anew.
+    """
+    rotary: Any = getattr(decoder, "rotary_emb", None)
+    own = getattr(module, "rotary_emb", rotary) is not rotary
+    if rotary is None or own or "rotary_emb" in vars(module):  # there, for a context around this one
         yield
         return
-    rotary: Any = decoder.rotary_emb
     if "layer_type" in inspect.signature(rotary.forward).parameters:  # Gemma3: one rotary embedding, two bases
         config: Any = module.config
         rotary = functools.partial(rotary, layer_type=config.layer_types[layer_of(module)])

@@ -320,6 +320,13 @@ def test_a_training_that_diverges_ends(options, tmp_path):
     assert not (tmp_path / "out" / "final").exists()
 
 
+def test_a_training_that_diverges_between_log_lines_ends_too(options, tmp_path):
+    """The last loss is logged before the update that breaks the model."""
+    with pytest.raises(UserError, match=r"^--lr 1e\+30: eval_full_ppl is not finite at step 1; .* a lower one$"):
+        train(train_config(options, tmp_path / "out", lr=1e30, max_steps=1, lr_warmup_fraction=0.0, logging_steps=10))
+    assert not (tmp_path / "out" / "final").exists()
+
+
 @pytest.mark.parametrize(
     ("kilobytes", "reason"),
     [

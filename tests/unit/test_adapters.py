@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from safetensors.torch import load_file, save_file
 from tiny import logits, make_tiny, save_tiny
 
 from sparsekv.adapters import attach_lora, check_adapter, load_adapter, merge_adapter
 from sparsekv.demo_model import demo_model_place
 from sparsekv.errors import UserError
-from sparsekv.models import load_config, load_model, load_tokenizer
+from sparsekv.models import load_config, load_model, load_tokenizer, model_fingerprint
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -169,6 +171,29 @@ def test_damaged_adapter_weights(base, adapter, size):
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:size])
     assert f"--adapter {adapter}: adapter_model.safetensors cannot be read (" in refusal(base, adapter)
+
+
+def test_an_adapter_that_has_diverged(base, adapter):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = sorted(weights)[3]
+    weights[name][0, 0] = float("nan")
+    save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt"})
+    assert f"--adapter {adapter}: {name} is not finite; give an adapter that has not" in refusal(base, adapter)
+    with pytest.raises(UserError, match=f"--teacher_adapter .*{name} is not finite"):
+        load_adapter(load_model(str(base)), adapter, "--teacher_adapter")
+
+
+def test_an_adapter_of_other_weights_of_the_same_shapes_is_said(base, adapter, tmp_path, caplog):
+    model = load_model(str(base))
+    record = {"model_fingerprint": model_fingerprint(str(base), model.config)}
+    (adapter / "eit_config.json").write_text(json.dumps(record))
+    load_adapter(model, adapter)
+    assert caplog.messages == []
+    other = make_tiny("llama")
+    other.lm_head.weight.data += 1
+    other.save_pretrained(tmp_path / "other")
+    load_adapter(load_model(str(tmp_path / "other")), adapter)
+    assert caplog.messages == [f"--adapter {adapter}: was trained from other weights than {tmp_path / 'other'} has"]
 
 
 def test_the_demo_model_is_named_as_typed(base, adapter, tmp_path, monkeypatch):

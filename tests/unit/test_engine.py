@@ -16,6 +16,7 @@ from sparsekv.evaluation.engine import caches as caches_module
 from sparsekv.evaluation.engine import engine as engine_module
 from sparsekv.evaluation.engine.engine import Engine
 from sparsekv.evaluation.engine.memory import held_by_others
+from sparsekv.evaluation.engine.model_check import check_model
 from sparsekv.evaluation.engine.prefill import prefill_shared
 from sparsekv.evaluation.engine.sampling import Sampling
 from sparsekv.evaluation.engine.work import FULL_CACHE, Answer, Cell, ContextWork, Failure, Question
@@ -289,6 +290,11 @@ def test_a_press_that_fails_does_not_end_the_matrix(model, tokenizer, monkeypatc
 def test_models_that_would_be_answered_wrongly_are_refused(tokenizer, family, changes, why):
     with pytest.raises(UserError, match=f"^--model .*{why}"):
         Engine(make_tiny(family, **changes), tokenizer)
+
+
+def test_keys_and_values_of_two_widths_are_refused():
+    with pytest.raises(UserError, match="--model x: deepseek_v3 has keys of another width than its values"):
+        check_model(CONFIG_MAPPING["deepseek_v3"](), "x")
 
 
 def test_attention_that_is_not_the_interfaces_is_refused(tokenizer):

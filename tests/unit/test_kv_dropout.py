@@ -139,6 +139,19 @@ def test_sliding_layers_are_untouched(context_class, selector, ids):
 
 
 @BOTH
+def test_what_kvpress_leaves_in_the_layers_changes_nothing(context_class, selector, ids):
+    """It gives each the decoder's rotary embedding, which for Gemma 3 has to be asked for the layer's type."""
+    model = make_tiny("gemma3", layer_types=["full_attention"] * 2).eval()
+    plan = plan_for("expected_attention")
+    before = logits(model, ids, context_class(model, plan, selector))
+    with torch.no_grad(), KnormPress(0.5)(model):
+        model(ids[:1])
+    left = [layer.self_attn.rotary_emb for layer in model.model.layers]
+    assert torch.equal(logits(model, ids, context_class(model, plan, selector)), before)
+    assert [layer.self_attn.rotary_emb for layer in model.model.layers] == left
+
+
+@BOTH
 def test_a_window_shorter_than_the_row_leaves_nothing_to_evict(context_class, selector, ids):
     model = make_tiny("mistral").eval()
     model.config.sliding_window = 32

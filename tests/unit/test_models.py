@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, logits, make_tiny, save_tiny
+from transformers import DynamicCache
 
 from sparsekv import models
 from sparsekv.errors import UserError
 from sparsekv.models import check_ids, load_model, load_tokenizer, resolve_model
+from sparsekv.presses import make_press
 
 
 @pytest.fixture
@@ -170,6 +172,18 @@ def test_bad_options(base, options, message):
 def test_gpu_that_is_not_there(base):
     with pytest.raises(UserError, match="--device_map cuda: this machine has 0"):
         load_model(str(base), device_map="cuda")
+
+
+def test_critical_presses_on_a_configuration_without_head_dim(tmp_path):
+    """Qwen2's leave it out, and kvpress reads it."""
+    folder = Path(save_tiny(tmp_path / "base", "qwen2"))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config.pop("head_dim", None)
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    model, cache = load_model(str(folder)), DynamicCache()
+    with torch.no_grad(), make_press("critical_snapkv", 0.5)(model):
+        model(torch.arange(100)[None], past_key_values=cache)
+    assert cache.get_seq_length() == 50
 
 
 def test_cached_model_loads_offline_under_its_own_name(base, tmp_path, monkeypatch):

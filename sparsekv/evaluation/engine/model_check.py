@@ -17,10 +17,14 @@ def check_model(config: PreTrainedConfig, name: str) -> None:
     ------
     UserError
         For a model without grouped key/value heads in its configuration, with layers of another kind than full
-        attention (presses are not made for them), or with rotary frequencies that depend on the longest row of a batch.
+        attention (presses are not made for them), with keys of another width than its values, or with rotary
+        frequencies that depend on the longest row of a batch.
     """
     heads = hasattr(config, "num_key_value_heads")
     require(heads, f"--model {name}: {config.model_type} has no num_key_value_heads; give a Llama-like model")
+    widths = {getattr(config, name, None) for name in ("qk_head_dim", "v_head_dim")} - {None}
+    reason = f"{config.model_type} has keys of another width than its values; give a model of one width"
+    require(len(widths) < 2, f"--model {name}: {reason}")
     others = ", ".join(sorted(other_layers(config)))
     require(not others, f"--model {name}: has {others} layers, and presses are made for full attention in every layer")
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
