@@ -388,7 +388,7 @@ def test_eval_of_what_is_not_there(options, capsys, tmp_path):
         (tmp_path / name).write_text(json.dumps(row | answer) + "\n")
     for benchmark, presses, said in (
         ("perplexity", "snapvk", "snapkv"),
-        ("perplexity", "knorm", "the model has 2048 positions"),  # 4096 tokens by default
+        ("perplexity", "knorm", "--context_length 4096: "),  # by default; the model has 2048 positions
         ("perplexty", "knorm", "perplexity"),
         (str(tmp_path / "columns.jsonl"), "knorm", "answer"),
         (str(tmp_path / "empty.jsonl"), "knorm", "answer"),

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sparsekv.adapters import check_adapter
 from sparsekv.errors import UserError, require
-from sparsekv.evaluation.benchmarks.registry import load_benchmark
+from sparsekv.evaluation.benchmarks.registry import CONTEXT_LENGTH, OF_ANY_LENGTH, load_benchmark
 from sparsekv.evaluation.benchmarks.schema import Benchmark
 from sparsekv.evaluation.comparison.results import check_results
 from sparsekv.evaluation.engine.model_check import check_model
@@ -100,6 +100,9 @@ def prepare(config: EvalConfig) -> list[Run]:
     def base(name: str) -> Base:
         return _load_base(name, config)
 
+    for model in config.folders().values():  # before benchmarks are made, which takes longer
+        if model.adapter is not None:
+            check_adapter(load_config(model.model, config.trust_remote_code), model.adapter, config.trust_remote_code)
     runs = [_prepare_run(config, out, model, base(model.model)) for out, model in config.folders().items()]
     for run in runs:
         cells = [folder for job in run.jobs for folder in job.cells.values()]
@@ -138,13 +141,14 @@ def _load_encoder(
 ) -> Encoder:
     for press, ratio in suite.cells():
         make_press(press, ratio, tokenizer)
-    length = suite.context_length
-    fits = not (length and positions) or length <= positions
+    length = suite.context_length or (CONTEXT_LENGTH if suite.name in OF_ANY_LENGTH else None)
+    cut = suite.context_length is None and suite.max_context_length is not None
+    fits = cut or not (length and positions) or length <= positions
     require(fits, f"--context_length {length}: {model} has {positions} positions")
     benchmark = load_benchmark(
         suite.name,
         tokenizer,
-        context_length=length,
+        context_length=suite.context_length,
         data_dir=None if suite.data_dir is None else str(suite.data_dir),
         tasks=split(suite.tasks) or None,
         num_samples=suite.num_samples,
@@ -218,7 +222,6 @@ def _check_growth(benchmark: Benchmark, press: str) -> None:
 def _prepare_run(config: EvalConfig, out: Path, model: RunConfig, base: Base) -> Run:
     adapter_fingerprint = None
     if model.adapter is not None:
-        check_adapter(base.config, model.adapter, config.trust_remote_code)
         adapter_fingerprint = fingerprint(Path(model.adapter))
     common = {
         "model": model.model,
