@@ -564,6 +564,16 @@ def test_nothing_is_written_for_what_cannot_work(inputs, tmp_path, changes, said
     assert not any(tmp_path.iterdir())
 
 
+def test_a_likelihood_of_scaled_logits_writes_nothing(inputs, tmp_path):
+    model = shutil.copytree(inputs / "base", tmp_path / "base")
+    settings = json.loads((model / "config.json").read_text("utf-8"))
+    (model / "config.json").write_text(json.dumps(settings | {"logits_scaling": 8.0}), "utf-8")
+    asked = {"model": str(model), "benchmark": "perplexity", "context_length": 100, "num_samples": 2}
+    with pytest.raises(UserError, match=f"^--model {model}: its logits are changed by logits_scaling"):
+        evaluate(config(inputs, **{"out": tmp_path / "out", **asked}))
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_of_another_base(inputs, tmp_path):
     other = save_tiny(tmp_path / "other", hidden_size=32)
     attach_lora(load_model(other), 4, 8, ["q_proj"]).save_pretrained(tmp_path / "adapter")

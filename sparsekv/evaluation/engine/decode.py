@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsekv.errors import require
 from sparsekv.evaluation.engine.evicted import EvictedCache
 from sparsekv.evaluation.engine.growing import GrowingAnswers
+from sparsekv.evaluation.engine.model_check import check_plain_logits
 from sparsekv.evaluation.engine.padded_cache import PADDED_ATTENTION, PaddedCache
 from sparsekv.evaluation.engine.padded_forward import PaddedForward
 from sparsekv.evaluation.engine.sampling import Sampler
@@ -21,7 +21,6 @@ from sparsekv.evaluation.engine.sampling import Sampler
 # Share of rows still going at which the others leave the batch. Before, moving the cache costs more than they do: on a
 # GPU another row is nearly free, and a new shape is a new graph.
 SHRINK = {"cpu": 0.75, "cuda": 0.5}
-LOGIT_CHANGES = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,7 @@ def log_likelihoods(model: PreTrainedModel, rows: Sequence[Row], starts: Sequenc
     UserError
         For a model whose logits are not its head's output.
     """
-    scaled = [name for name in LOGIT_CHANGES if getattr(model.config, name, None) not in (None, 1, 1.0)]
-    require(not scaled, f"--model: its logits are changed by {', '.join(scaled)}, which a likelihood does not know")
+    check_plain_logits(model.config, str(model.name_or_path))
     cache, ids, positions = _begin(rows)
     with padded_attention_in(model):
         hidden = model.model(

@@ -8,6 +8,7 @@ from sparsekv.errors import require
 from sparsekv.models import other_layers
 
 MOVING_ROPE = ("dynamic", "longrope")
+LOGIT_CHANGES = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
 
 def check_model(config: PreTrainedConfig, name: str) -> None:
@@ -31,3 +32,10 @@ def check_model(config: PreTrainedConfig, name: str) -> None:
     kind = rope.get("rope_type", rope.get("type"))
     reason = f"rotary type {kind} depends on the longest row of a batch; give one of fixed frequencies"
     require(kind not in MOVING_ROPE, f"--model {name}: {reason}")
+
+
+def check_plain_logits(config: PreTrainedConfig, name: str) -> None:
+    """Raise UserError for a model whose logits are not its head's output: a likelihood would be another's."""
+    changed = [change for change in LOGIT_CHANGES if getattr(config, change, None) not in (None, 1, 1.0)]
+    names = ", ".join(changed)
+    require(not changed, f"--model {name}: its logits are changed by {names}, which a likelihood does not know")

@@ -18,7 +18,7 @@ from sparsekv.errors import UserError, require
 from sparsekv.evaluation.benchmarks.registry import CONTEXT_LENGTH, OF_ANY_LENGTH, load_benchmark
 from sparsekv.evaluation.benchmarks.schema import Benchmark
 from sparsekv.evaluation.comparison.results import check_results
-from sparsekv.evaluation.engine.model_check import check_model
+from sparsekv.evaluation.engine.model_check import check_model, check_plain_logits
 from sparsekv.evaluation.engine.work import NO_PRESS, Cell
 from sparsekv.evaluation.matrix.cells import CellFolder, check_names
 from sparsekv.evaluation.matrix.config import CellOptions, EvalConfig, RunConfig, Suite, split
@@ -132,6 +132,8 @@ def _load_base(name: str, config: EvalConfig) -> Base:
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     encoders = [_load_encoder(name, suite, tokenizer, positions, config.seed) for suite in config.suites()]
     for encoder in encoders:
+        if encoder.benchmark.kind == "likelihood":
+            check_plain_logits(model_config.get_text_config(), name)
         _check_rows(encoder, model_config, name)
     return Base(model_config, tokenizer, model_fingerprint(name, model_config), encoders)
 
