@@ -7,6 +7,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from kvpress import KnormPress, KVPressTextGenerationPipeline, SnapKVPress
 from tiny import SHAPE, make_tiny, make_tiny_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
@@ -20,7 +21,7 @@ from sparsekv.evaluation.engine.model_check import check_model
 from sparsekv.evaluation.engine.prefill import prefill_shared
 from sparsekv.evaluation.engine.sampling import Sampling
 from sparsekv.evaluation.engine.work import FULL_CACHE, Answer, Cell, ContextWork, Failure, Question
-from sparsekv.presses import is_decoding, make_press, needs_eager
+from sparsekv.presses import is_decoding, make_press, needs_eager, why_not
 from sparsekv.prompts import encode_prompt
 
 # kvpress itself fails on random weights for presses that mask by head (no hyperplane), and on any model for PyramidKV
@@ -273,6 +274,17 @@ def test_a_press_that_fails_does_not_end_the_matrix(model, tokenizer, monkeypatc
     reason = f"ValueError: no score for you (row 0, a context of {works_of(tokenizer, cells)[0].ids.shape[1]} tokens)"
     assert failures == [Failure(cells[3], reason), Failure(cells[1], reason)]
     assert {each.cell for each in found if isinstance(each, Answer)} == {FULL_CACHE, cells[2]}
+
+
+def test_a_decoding_press_that_cannot_run_does_not_end_the_matrix(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    cells = (Cell("decoding_qfilter", 0.5), Cell("decoding_knorm:compression_interval=2", 0.5))
+    found = list(itertools.chain(*Engine(model, tokenizer).run(works_of(tokenizer, cells))))
+    (failure,) = (each for each in found if isinstance(each, Failure))
+    assert failure == Failure(cells[0], why_not("decoding_qfilter", model)), "said once, for both contexts"
+    assert {(each.row, each.cell) for each in found if isinstance(each, Answer)} == {
+        (row, cells[1]) for row in (0, 1, 10, 11)
+    }
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from kvpress import BasePress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -309,19 +310,25 @@ class Engine:
         for cell in work.cells:
             if not is_decoding(cell.press) or cell in self._failed:
                 continue
-            self._warn_if_idle(cell, work)
+            try:
+                press = self._caches.press(cell)
+            except UserError as error:
+                yield [self._fail(cell, error, work)]
+                continue
+            self._warn_if_idle(cell, press, work)
             for question in work.questions:
                 try:
                     with self._one_line_without_memory(cell, work.ids.shape[1] + question.max_new_tokens):
-                        yield list(self._generate_with_press(work, question, cell))
+                        yield list(self._generate_with_press(work, question, cell, press))
                 except UserError:
                     raise
                 except Exception as error:
                     yield [self._fail(cell, error, work)]
                     break
 
-    def _generate_with_press(self, work: ContextWork, question: Question, cell: Cell) -> Iterator[Answer]:
-        press = self._caches.press(cell)
+    def _generate_with_press(
+        self, work: ContextWork, question: Question, cell: Cell, press: BasePress
+    ) -> Iterator[Answer]:
         seeds = [_seed(question, generation) for generation in range(self.sampling.num_generations)]
         start = self._now()
         cache = prefill_for_decoding(self.model, work.ids, press)
@@ -350,9 +357,9 @@ class Engine:
                 question.row, cell, generation, text, None, None, len(tokens), kv_bytes, prefill_seconds, seconds
             )
 
-    def _warn_if_idle(self, cell: Cell, work: ContextWork) -> None:
+    def _warn_if_idle(self, cell: Cell, press: BasePress, work: ContextWork) -> None:
         """Say once when every answer ends before the press first evicts."""
-        press, longest = self._caches.press(cell), max(question.max_new_tokens for question in work.questions)
+        longest = max(question.max_new_tokens for question in work.questions)
         interval = getattr(press, "compression_interval", 0)
         if longest < interval and cell not in self._warned:
             self._warned.add(cell)
