@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
 from sparsekv.adapters import attach_lora
 from sparsekv.evaluation.engine.scores import Scores
-from sparsekv.presses import kvpress_knows, queries, why_not
+from sparsekv.presses import PRESSES, is_decoding, kvpress_knows, make_press, queries, why_not
 from sparsekv.presses.queries import _known, all_known, own_queries
 from sparsekv.presses.without_waiting import KVzip, without_waiting
 
@@ -131,6 +131,18 @@ def test_presses_that_cannot_ask_are_named(other):
     for spec in ("no_press", "knorm", "anchor", "snapkv", "critical_snapkv", "expected_attention", "tova"):
         assert why_not(spec, other) is None
     assert "queries" not in (why_not("kvzip", other) or "")
+
+
+def test_what_evicts_while_decoding_and_is_not_refused_goes_by_the_cache_alone(other):
+    """Without a layer's input there is no query."""
+    module, _, keys, values, *_ = next(read(other))
+    decoding = {name for name in PRESSES if is_decoding(name)} - {"decoding_qfilter"}  # by files that are not here
+    refused = {name for name in decoding if why_not(f"{name}:target_size=20", other)}
+    for name in decoding - refused:
+        press = make_press(f"{name}:target_size=20", 0.5).base_press
+        assert press.score(module, None, keys, values, None, {}).shape == keys.shape[:3]
+    asking = {name for name in decoding if any(part in name for part in ("snapkv", "tova", "expected_attention"))}
+    assert asking < refused < decoding
 
 
 def test_nothing_is_said_against_them_on_a_model_that_kvpress_knows(tiny_qwen3):
