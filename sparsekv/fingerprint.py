@@ -1,8 +1,10 @@
-"""Whether two folders hold the same model, in seconds."""
+"""Whether two folders hold the same model, in seconds, and whether two things were made from the same."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 WHOLE = 2**28  # bytes; of a larger file as much is read, in pieces spread evenly
 PIECES = 256
@@ -21,6 +23,11 @@ def fingerprint(folder: Path) -> str:
         for piece in _pieces(file):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def fingerprint_of(content: Any) -> str:
+    """SHA-256 (hex) of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _pieces(file: Path) -> Iterable[bytes]:

@@ -1,6 +1,7 @@
 """Bounds of presses that go by position: by kvpress's own eviction, and by hand."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -97,13 +98,43 @@ def test_cells_are_added_and_what_is_there_is_not_done_again(inputs, tmp_path, m
         patched.setattr(bounds_module, "locate", lambda *args: pytest.fail("looked for needles again"))
         assert run(inputs, tmp_path, presses="anchor", ratios="0.7").equals(both)
     (file,) = tmp_path.glob("bounds/*")
-    file.write_text(file.read_text().replace(first.benchmark_fingerprint[0], "other"))
-    assert run(inputs, tmp_path).equals(first)  # of other rows: made anew
+    file.write_text(file.read_text().replace(first.fingerprint[0], "other"))
+    assert run(inputs, tmp_path).equals(first)  # of something else: made anew
+    pd.read_csv(file).drop(columns="fingerprint").assign(bound=7.0).to_csv(file, index=False)  # an older file
+    assert run(inputs, tmp_path).equals(first)
     file.write_text("no table")
     with pytest.raises(UserError, match=f"{file.name}: corrupt .*; delete"):
         run(inputs, tmp_path)
     file.unlink()
     assert run(inputs, tmp_path).equals(first)
+
+
+def again_from_the_start(inputs, out, **changes):
+    """What the refusal of another configuration says to do: the same folder without its cells."""
+    for cell in out.glob("mine__*"):
+        shutil.rmtree(cell)
+    return run(inputs, out, **changes)
+
+
+def test_bounds_of_other_contexts_are_made_anew(inputs, tmp_path):
+    before = run(inputs, tmp_path / "a")
+    made = again_from_the_start(inputs, tmp_path / "a", max_context_length=60)
+    assert made.equals(run(inputs, tmp_path / "fresh", max_context_length=60))
+    assert made.bound.tolist() != before.bound.tolist()
+    plain = again_from_the_start(inputs, tmp_path / "a", chat_template=False)
+    assert len({table.fingerprint[0] for table in (before, made, plain)}) == 3
+
+
+def test_bounds_of_other_contexts_go_where_there_are_none(inputs, tmp_path):
+    press = "streaming_llm:n_sink=40"
+    assert run(inputs, tmp_path, presses=press) is not None
+    assert again_from_the_start(inputs, tmp_path, presses=press, max_context_length=30) is None
+
+
+def test_bounds_stay_where_the_same_rows_are_named_otherwise(inputs, tmp_path):
+    run(inputs, tmp_path)
+    made = run(inputs, tmp_path, presses="anchor", tasks=",".join(dict.fromkeys(task for task, *_ in ROWS)))
+    assert set(made.press) == {"streaming_llm", "anchor"}
 
 
 def test_a_press_that_contexts_are_too_short_for_has_no_bound(inputs, tmp_path):

@@ -386,7 +386,7 @@ def test_trainings_that_do_not_belong_together(tmp_path: Path) -> None:
 
 def write_bounds(out: Path, **changes: object) -> None:
     common = {"benchmark": "ruler-local", "data_dir": "4096", "model": "tiny", "benchmark_fingerprint": "f"}
-    common |= {"press": "snapkv", "compression_ratio": 0.5, "n": 20}
+    common |= {"fingerprint": "h", "press": "snapkv", "compression_ratio": 0.5, "n": 20}
     rows = [common | {"task": "vt", "bound": 30.0} | changes, common | {"task": "qa", "bound": 50.0} | changes]
     (out / "bounds").mkdir()
     pd.DataFrame(rows)[BOUND_COLUMNS].to_csv(out / "bounds" / "x.csv", index=False)

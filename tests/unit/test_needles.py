@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pandas as pd
 import pytest
@@ -115,7 +116,17 @@ def test_written_once_and_again_for_other_rows(inputs, tmp_path, monkeypatch):
         patched.setattr(needles_module, "_needles", lambda *args: pytest.fail("looked for needles again"))
         assert run(inputs, tmp_path).equals(first)
     (file,) = tmp_path.glob("needles/*")
-    file.write_text(file.read_text().replace(first.benchmark_fingerprint[0], "other"))
+    file.write_text(file.read_text().replace(first.fingerprint[0], "other"))
     assert run(inputs, tmp_path).equals(first)
     file.write_bytes(b"\xff")
     assert run(inputs, tmp_path).equals(first)
+
+
+def test_needles_of_other_contexts_are_made_anew_or_go(inputs, tmp_path, made):
+    for length, wanted in ((30, set(made[made.position < 30].answer)), (2, None)):
+        run(inputs, tmp_path)
+        for cell in tmp_path.glob("mine__*"):
+            shutil.rmtree(cell)
+        found = run(inputs, tmp_path, max_context_length=length)
+        assert wanted == (None if found is None else set(found.answer))
+        shutil.rmtree(tmp_path)

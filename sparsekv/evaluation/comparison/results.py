@@ -21,7 +21,11 @@ RUN = ["model", "adapter"]
 COLUMNS = [*RUN, *CELL, "task", "row", "generation", "training", "metric", "score", "headline"]
 BOUNDS = "bounds"  # folder beside the cells: how far presses that go by position alone can come
 ROWS = "benchmark_fingerprint"  # of a benchmark's rows, in their order
-BOUND_COLUMNS = ["benchmark", "data_dir", "model", ROWS, "task", "press", "compression_ratio", "n", "bound"]
+FINGERPRINT = "fingerprint"  # of all that decides what a file beside the cells says of a benchmark
+BOUND_COLUMNS = [
+    *("benchmark", "data_dir", "model", ROWS, FINGERPRINT),
+    *("task", "press", "compression_ratio", "n", "bound"),
+]
 # What may differ between cells that are compared; all else in a cell's `sparsekv` section may not.
 FREE = {"model", "model_fingerprint", "adapter", "adapter_fingerprint", "dtype", "benchmark"}
 FREE |= {"kvpress_version", "transformers_version"}
@@ -164,7 +168,9 @@ def _load_bounds(cells: pd.DataFrame) -> pd.DataFrame:
 
 def read_bounds(file: Path) -> pd.DataFrame:
     """One file of bounds; raises ValueError where it is none."""
-    table = pd.read_csv(file, dtype=dict.fromkeys(BOUND_COLUMNS[:6], str), keep_default_na=False)
+    table = pd.read_csv(file, dtype=dict.fromkeys(BOUND_COLUMNS[:7], str), keep_default_na=False)
+    if FINGERPRINT not in table:  # an older file: it is read, and made anew by the next evaluation
+        table[FINGERPRINT] = ""
     if missing := [name for name in BOUND_COLUMNS if name not in table]:
         raise ValueError(f"no column {', '.join(missing)}")
     return table[BOUND_COLUMNS].astype({"compression_ratio": float, "n": int, "bound": float})

@@ -15,7 +15,7 @@ from kvpress import ScorerPress, StreamingLLMPress
 from sparsekv.anchors import AnchorSelector
 from sparsekv.evaluation.benchmarks.schema import Benchmark
 from sparsekv.evaluation.benchmarks.scoring.rows import answers
-from sparsekv.evaluation.comparison.results import BOUND_COLUMNS, BOUNDS, ROWS, read_bounds
+from sparsekv.evaluation.comparison.results import BOUND_COLUMNS, BOUNDS, FINGERPRINT, read_bounds
 from sparsekv.evaluation.engine.work import FULL_CACHE, Cell
 from sparsekv.evaluation.matrix.cells import LOCKS
 from sparsekv.evaluation.matrix.encode import Encoder
@@ -36,18 +36,21 @@ def write_bounds(job: Job) -> None:
         return
     file = job.out / BOUNDS / f"{job.file_name}.csv"
     with contextlib.suppress(Timeout), FileLock(job.out / LOCKS / f"{job.file_name}.bounds.lock").acquire(timeout=0):
-        known = _known(file, job.encoder.benchmark.fingerprint)
+        known = _known(file, job)
         have = {(row["press"], row["compression_ratio"]) for row in known}
         missing = {cell: press for cell, press in presses.items() if (cell.press, cell.ratio) not in have}
         found = [describe(job) | bound for bound in _bounds(job.encoder, missing)] if missing else []
         if found:
             table = pd.DataFrame(known + found, columns=BOUND_COLUMNS)
             write_text(file, table.sort_values(["task", "press", "compression_ratio"]).to_csv(index=False))
+        elif not known:
+            file.unlink(missing_ok=True)  # of something else
 
 
-def _known(file: Path, fingerprint: str) -> list[dict[str, Any]]:
-    """What is there, of the same rows."""
-    return [row for row in read_bounds(file).to_dict("records") if row[ROWS] == fingerprint] if file.exists() else []
+def _known(file: Path, job: Job) -> list[dict[str, Any]]:
+    """What is there and was made from the same."""
+    rows = read_bounds(file).to_dict("records") if file.exists() else []
+    return [row for row in rows if row[FINGERPRINT] == job.fingerprint]
 
 
 def _positional(cell: Cell, encoder: Encoder) -> ScorerPress | None:

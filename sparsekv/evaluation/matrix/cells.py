@@ -206,6 +206,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
     return [(key, before.get(key), now.get(key)) for key in ordered if key != "sparsekv"]
 
 
+def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All of a cell's config that `differences` goes by, in one mapping: the same in all runs of the cell."""
+    every = {**config, **config["sparsekv"]}
+    return {key: value for key, value in every.items() if key not in {*FREE, *JUDGED_BY, "sparsekv"}}
+
+
 def check_names(cells: Iterable[CellFolder]) -> None:
     """Raise UserError when two cells would share a folder, or a folder's name is too long."""
     seen: dict[Path, CellFolder] = {}

@@ -10,9 +10,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from sparsekv.evaluation.engine.work import Answer, Cell, ContextWork, Failure
-from sparsekv.evaluation.matrix.cells import LOCKS, CellFolder, matrix_name
+from sparsekv.evaluation.engine.work import FULL_CACHE, Answer, Cell, ContextWork, Failure
+from sparsekv.evaluation.matrix.cells import LOCKS, CellFolder, decisive, matrix_name
 from sparsekv.evaluation.matrix.encode import Encoder
+from sparsekv.fingerprint import fingerprint_of
 
 MOST_CONTEXTS = 32  # of a portion: enough to fill a batch
 PORTIONS = 8  # at least so many where there are as many contexts, for processes to share
@@ -58,6 +59,11 @@ class Job:
         """Of the benchmark, with its data_dir."""
         benchmark = self.encoder.benchmark
         return f"{benchmark.name} {benchmark.data_dir}" if benchmark.data_dir else benchmark.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides the contexts and what their tokens are: rows, prompt, model, versions."""
+        return fingerprint_of(decisive(self.cells[FULL_CACHE].config))
 
     def lock(self, portion: int) -> FileLock:
         """Held by the process that works on the portion."""

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from sparsekv.anchors import AnchorConfig, AnchorSelector
 from sparsekv.evaluation.benchmarks.scoring.rows import answers
-from sparsekv.evaluation.comparison.results import ROWS, benchmark_label
+from sparsekv.evaluation.comparison.results import FINGERPRINT, ROWS, benchmark_label
 from sparsekv.evaluation.engine.work import FULL_CACHE
 from sparsekv.evaluation.matrix.cells import LOCKS
 from sparsekv.evaluation.matrix.encode import Encoder
@@ -23,7 +23,7 @@ from sparsekv.files import write_text
 NEEDLES = "needles"
 MOST = 2  # occurrences of an answer that still make it a needle
 COLUMNS = (
-    *("benchmark", "data_dir", "model", "benchmark_fingerprint", "row", "task", "answer"),
+    *("benchmark", "data_dir", "model", ROWS, FINGERPRINT, "row", "task", "answer"),
     *("position", "context_tokens", "depth", "anchor_distance"),
 )
 
@@ -60,6 +60,8 @@ def write_needles(job: Job) -> None:
             writer.writeheader()
             writer.writerows(needles)
             write_text(needle_file(job), file.getvalue())
+        else:
+            needle_file(job).unlink(missing_ok=True)  # of something else
 
 
 def has_needles(job: Job) -> bool:
@@ -76,14 +78,15 @@ def describe(job: Job) -> dict[str, str]:
         "data_dir": str(config["data_dir"] or ""),
         "model": config["model"],
         ROWS: job.encoder.benchmark.fingerprint,
+        FINGERPRINT: job.fingerprint,
     }
 
 
 def _is_there(job: Job) -> bool:
-    """Whether the file there was made from the same rows."""
+    """Whether the file there was made from the same."""
     try:
         with needle_file(job).open(encoding="utf-8", newline="") as file:
-            return next(csv.DictReader(file))["benchmark_fingerprint"] == job.encoder.benchmark.fingerprint
+            return next(csv.DictReader(file))[FINGERPRINT] == job.fingerprint
     except (FileNotFoundError, StopIteration, KeyError, ValueError, csv.Error):
         return False
 

@@ -1,8 +1,6 @@
 """Makes the view of a benchmark: one short context through every press of the run."""
 
 import contextlib
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +35,7 @@ from sparsekv.evaluation.matrix.views import (
     save_view,
 )
 from sparsekv.files import writing
+from sparsekv.fingerprint import fingerprint_of
 from sparsekv.observe import observing, received_attention
 from sparsekv.presses import is_decoding, make_press, needs_eager
 from sparsekv.presses.parameters import split_spec
@@ -105,8 +104,7 @@ def _cells_to_show(job: Job, tokens: int) -> list[Cell] | None:
 
 def _fingerprint(job: Job, tokens: int) -> str:
     """Of all that decides a view but for its cells."""
-    decisive = [SCHEMA_VERSION, tokens, job.cells[FULL_CACHE].config]
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    return fingerprint_of([SCHEMA_VERSION, tokens, job.cells[FULL_CACHE].config])
 
 
 def _first_that_fits(job: Job, tokens: int) -> ContextWork | None:
