@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 from sparsekv.errors import UserError
-from sparsekv.evaluation.comparison import tables
+from sparsekv.evaluation.comparison import statistics, tables
 from sparsekv.evaluation.comparison.compare import compare, summarize, write_summary
-from sparsekv.evaluation.comparison.levels import ALL_TASKS, levels
+from sparsekv.evaluation.comparison.levels import ALL_TASKS, largest_family, levels
 from sparsekv.evaluation.comparison.results import BOUND_COLUMNS, load_results
 from tests.cells import write_cell
 
@@ -136,6 +136,16 @@ def test_holm_counts_the_cells_of_the_comparison(tmp_path: Path) -> None:
     many = [load_results(tmp_path / "one" / name) for name in ("trained", "base")]
     assert before < 0.09
     assert row(summarize(*many)).p_base == pytest.approx(min(1.0, before / 2 * 10))  # of 2 cells before, of 10 now
+
+
+def test_flips_grow_with_the_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "SMALLEST", 1e-4)
+    runs = three_runs(tmp_path)
+    assert largest_family({name: load_results(tmp_path / name) for name in ("base", "control", "trained")}) == 6
+    compare(runs, str(tmp_path / "out"))
+    summary = pd.read_csv(tmp_path / "out" / "compare.csv")
+    assert summary[summary.task != ALL_TASKS].p_control.min() == pytest.approx(6 / 60_000)
+    assert "permutation test (59,999 flips)" in (tmp_path / "out" / "compare.md").read_text()
 
 
 def test_gap_closed_is_the_share_of_what_base_lost(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Intervals cover the truth as often as they say, p-values are uniform when nothing differs."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,8 +11,10 @@ from scipy import stats
 from sparsekv.evaluation.comparison.statistics import (
     FLIPS,
     Sampled,
+    TaskScores,
     average,
     bootstrap_means,
+    flips_for,
     holm,
     interval,
     p_values,
@@ -19,6 +23,16 @@ from sparsekv.evaluation.comparison.statistics import (
 )
 
 TRIALS = 600  # experiments, each a column
+
+
+def resampled(values: np.ndarray, seed: int) -> Sampled:
+    """Means of draws of rows."""
+    return bootstrap_means(TaskScores(values, seed))
+
+
+def chance(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """p-values of one task's differences."""
+    return p_values([TaskScores(values, seed)])
 
 
 def covered(sampled: Sampled, truth: float) -> float:
@@ -36,15 +50,15 @@ def test_interval_of_a_mean_covers_it(law: str) -> None:
         "coin": lambda: 100.0 * rng.integers(2, size=size),
         "skewed": lambda: rng.exponential(50.0, size),
     }[law]()
-    assert 0.91 < covered(bootstrap_means(values, 0), 50.0) < 0.97
+    assert 0.91 < covered(resampled(values, 0), 50.0) < 0.97
 
 
 def test_interval_of_retention_covers_it_and_pairing_narrows_it() -> None:
     rng = np.random.default_rng(2)
     full = rng.normal(80.0, 20.0, (60, TRIALS))
     evicted = 0.75 * full + rng.normal(0.0, 5.0, full.shape)
-    paired = ratio(bootstrap_means(evicted, 0), bootstrap_means(full, 0))
-    unpaired = ratio(bootstrap_means(evicted, 0), bootstrap_means(full, 1))
+    paired = ratio(resampled(evicted, 0), resampled(full, 0))
+    unpaired = ratio(resampled(evicted, 0), resampled(full, 1))
     assert 0.91 < covered(paired, 0.75) < 0.97
     assert np.ptp(interval(paired), axis=0).mean() < 0.5 * np.ptp(interval(unpaired), axis=0).mean()
 
@@ -52,7 +66,7 @@ def test_interval_of_retention_covers_it_and_pairing_narrows_it() -> None:
 def test_interval_of_an_average_over_tasks_covers_it() -> None:
     rng = np.random.default_rng(3)
     tasks = [rng.normal(mean, spread, (n, TRIALS)) for mean, spread, n in [(10.0, 5.0, 40), (90.0, 30.0, 60)]]
-    together = average([bootstrap_means(values, seed) for seed, values in enumerate(tasks)])
+    together = average([resampled(values, seed) for seed, values in enumerate(tasks)])
     assert np.allclose(together.value, (tasks[0].mean(axis=0) + tasks[1].mean(axis=0)) / 2)
     assert 0.92 < covered(together, 50.0) < 0.97
 
@@ -61,7 +75,7 @@ def test_intervals_are_those_of_scipy() -> None:
     rng = np.random.default_rng(4)
     full = rng.exponential(50.0, 40)
     evicted = full * rng.random(40)
-    ours = bootstrap_means(np.column_stack([evicted, full]), 0)
+    ours = resampled(np.column_stack([evicted, full]), 0)
     for statistic, figure in [
         (lambda a, b, axis: a.mean(axis=axis), ours.take([0])),
         (lambda a, b, axis: a.mean(axis=axis) / b.mean(axis=axis), ratio(ours.take([0]), ours.take([1]))),
@@ -73,13 +87,13 @@ def test_intervals_are_those_of_scipy() -> None:
 
 @pytest.mark.parametrize("values", [np.full((20, 1), 100 / 3), np.array([[70.0]]), np.zeros((5, 1))])
 def test_nothing_to_draw_from_gives_no_interval(values: np.ndarray) -> None:
-    assert np.isnan(interval(bootstrap_means(values, 0))).all()
-    assert p_values(sign_flipped_means(values - values, 0)) == 1.0
+    assert np.isnan(interval(resampled(values, 0))).all()
+    assert chance(values - values) == 1.0
 
 
 def test_ratio_to_nothing_is_undefined() -> None:
     rows = np.array([[1.0, 0.0, 0.0]] * 4 + [[2.0, 0.0, 9.0]])
-    means = bootstrap_means(rows, 0)
+    means = resampled(rows, 0)
     undefined = ratio(means.take([0, 1]), means.take([1, 1]))
     assert np.isnan(undefined.value).all()
     assert np.isnan(interval(undefined)).all()
@@ -93,22 +107,22 @@ def test_p_values_are_uniform_when_nothing_differs() -> None:
     tasks = [
         rng.normal(0.0, spread, (n, TRIALS)) * (rng.random((n, TRIALS)) < 0.5) for spread, n in ((5, 30), (50, 20))
     ]
-    flipped = [sign_flipped_means(values, seed) for seed, values in enumerate(tasks)]
-    assert stats.kstest(p_values(flipped[0]), "uniform").pvalue > 0.01
-    assert stats.kstest(p_values(average(flipped)), "uniform").pvalue > 0.01
-    assert np.mean(p_values(sign_flipped_means(tasks[0] + 3.0, 0)) < 0.05) > 0.9
+    together = [TaskScores(values, seed) for seed, values in enumerate(tasks)]
+    assert stats.kstest(chance(tasks[0]), "uniform").pvalue > 0.01
+    assert stats.kstest(p_values(together), "uniform").pvalue > 0.01
+    assert np.mean(chance(tasks[0] + 3.0) < 0.05) > 0.9
 
 
 def test_p_values_of_right_or_wrong_scores_keep_their_level() -> None:
     rng = np.random.default_rng(6)
     differences = rng.choice([0.0, 100.0, -100.0], p=[0.6, 0.2, 0.2], size=(150, TRIALS))
-    p = p_values(sign_flipped_means(differences, 0))
+    p = chance(differences)
     for level in (0.05, 0.2, 0.5):  # ties count against a difference, so the share lies a step lower
         assert level - 0.12 < np.mean(p <= level) < level + 3 * np.sqrt(level * (1 - level) / TRIALS)
 
 
 def test_p_value_is_never_zero() -> None:
-    assert p_values(sign_flipped_means(np.ones((100, 1)), 0)) == 1 / (1 + FLIPS)
+    assert chance(np.ones((100, 1))) == 1 / (1 + FLIPS)
 
 
 def test_p_value_is_the_exact_one_of_scipy() -> None:
@@ -116,21 +130,41 @@ def test_p_value_is_the_exact_one_of_scipy() -> None:
     exact = stats.permutation_test(
         (differences,), lambda x, axis: x.mean(axis=axis), permutation_type="samples", n_resamples=np.inf
     ).pvalue
-    assert p_values(sign_flipped_means(differences[:, None], 0)) == pytest.approx(exact, abs=0.012)
+    assert chance(differences[:, None]) == pytest.approx(exact, abs=0.012)
 
 
 def test_flipping_two_runs_alike_is_flipping_their_difference() -> None:
-    runs = np.random.default_rng(6).random((30, 2))
-    flipped = sign_flipped_means(runs, 0)
-    both = flipped.take([1]) - flipped.take([0])
-    assert np.allclose(both.draws, sign_flipped_means(runs[:, [1]] - runs[:, [0]], 0).draws)
+    runs = TaskScores(np.random.default_rng(6).random((30, 2)), 0)
+    both = sign_flipped_means(runs, np.random.default_rng(0), 500)
+    apart = sign_flipped_means(runs.take([1]) - runs.take([0]), np.random.default_rng(0), 500)
+    assert np.allclose(both[:, 1] - both[:, 0], apart[:, 0])
 
 
 def test_a_cell_does_not_depend_on_its_neighbours_or_on_chance() -> None:
     values = np.random.default_rng(7).random((500, 3))  # flips take several blocks
-    for sample in (bootstrap_means, sign_flipped_means):
-        assert np.allclose(sample(values, 0).take([2]).draws, sample(values[:, [2]], 0).draws)
-        assert not np.allclose(sample(values, 0).draws, sample(values, 1).draws)
+    assert np.allclose(resampled(values, 0).take([2]).draws, resampled(values[:, [2]], 0).draws)
+    assert not np.allclose(resampled(values, 0).draws, resampled(values, 1).draws)
+    differences = values - 0.51
+    assert chance(differences)[2] == chance(differences[:, [2]])
+    assert (chance(differences) != chance(differences, 1)).all()
+
+
+@pytest.mark.parametrize("cells", [1, 200, 201, 1_001, 1_500])
+def test_a_large_family_leaves_room_for_significance(cells: int) -> None:
+    flips = flips_for(cells)
+    assert cells / (1 + flips) <= 0.01
+    assert (flips == FLIPS) == (cells <= 200)  # figures of families of the usual size do not change
+    worse = TaskScores(np.random.default_rng(8).normal(-30.0, 5.0, (20, 1)), 0)
+    p = p_values([worse], flips)
+    assert holm(np.repeat(p, cells)).max() < 0.05
+
+
+def test_more_flips_come_nearer_to_the_exact_p_value() -> None:
+    differences = np.random.default_rng(9).normal(0.4, 1.0, (9, 40))
+    signs = np.array(list(itertools.product([-1, 1], repeat=9)))
+    exact = np.mean(np.abs(signs @ differences) >= np.abs(differences.sum(axis=0)) - 1e-9, axis=0)
+    few, many = (p_values([TaskScores(differences, 0)], flips) for flips in (FLIPS, 399_999))
+    assert np.abs(many - exact).mean() < 0.5 * np.abs(few - exact).mean()
 
 
 def test_holm_by_hand() -> None:

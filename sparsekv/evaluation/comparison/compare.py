@@ -14,10 +14,10 @@ from rich.console import Console
 
 from sparsekv.errors import require
 from sparsekv.evaluation.comparison import tables
-from sparsekv.evaluation.comparison.levels import ALL_TASKS, FULL_CACHE, Level, levels
+from sparsekv.evaluation.comparison.levels import ALL_TASKS, FULL_CACHE, Level, largest_family, levels
 from sparsekv.evaluation.comparison.results import CELL, NO_PRESS, RUN, Results, load_results
 from sparsekv.evaluation.comparison.roles import comparisons, with_own_base
-from sparsekv.evaluation.comparison.statistics import Floats, Sampled, holm, interval, p_values, ratio
+from sparsekv.evaluation.comparison.statistics import Floats, Sampled, flips_for, holm, interval, p_values, ratio
 from sparsekv.files import check_writable, write_text, writing
 
 ROLES = ("base", "control", "trained")
@@ -37,11 +37,13 @@ class Analysis(NamedTuple):
     summary : one row a run, cell, task and metric.
     headline : one row a run, benchmark, task and metric.
     role : the last run's, which is compared with the others.
+    flips : sign flips behind each p-value.
     """
 
     summary: pd.DataFrame
     headline: pd.DataFrame
     role: str
+    flips: int
 
 
 def summarize(results: Results, base: Results | None = None, control: Results | None = None) -> pd.DataFrame:
@@ -118,7 +120,7 @@ def compare(folders: Sequence[str], output: str | None = None) -> None:
         paired = len(other) in (1, len(trained))
         require(paired, f"{role}: {len(other)} seeds, trained: {len(trained)}; give as many of both, or one {role}")
     analyses = [analyze(runs) for runs in comparisons(trained, dict(zip(ROLES, others, strict=False)))]
-    for summary, _, role in analyses:
+    for summary, role in ((analysis.summary, analysis.role) for analysis in analyses):
         shared = "diff_base" in summary and summary.diff_base[summary.run == role].notna().any()
         require(shared, f"{folders[0]} and {folders[-1]}: no finished cell in common, so there is nothing to compare")
     tables.show(analyses, Console())
@@ -134,7 +136,7 @@ def _write_text(path: Path, summary: pd.DataFrame, title: str, analyses: Sequenc
 
 
 def _of_last_role(analyses: Sequence[Analysis]) -> pd.DataFrame:
-    rows = [summary[summary.run == role].drop(columns="run") for summary, _, role in analyses]
+    rows = [each.summary[each.summary.run == each.role].drop(columns="run") for each in analyses]
     return pd.concat(rows, ignore_index=True)
 
 
@@ -146,11 +148,11 @@ def analyze(runs: Mapping[str, Results]) -> Analysis:
     runs : mapping
         Role (base, control, trained) → run; the last one is what matters.
     """
-    rows, headlines = [], []
+    rows, headlines, flips = [], [], flips_for(largest_family(runs))
     for level in levels(runs):
         present = [role for role in runs if role in level.roles]
         for place, role in enumerate(present):
-            rows.append(_rows(level, role, present[:place]))
+            rows.append(_rows(level, role, present[:place], flips))
             headlines.append(_headline(level, role))
     rows += [_unavailable(run, role) for role, run in runs.items()]
     summary = pd.concat([table for table in rows if not table.empty], ignore_index=True)
@@ -167,7 +169,7 @@ def analyze(runs: Mapping[str, Results]) -> Analysis:
         _judge(summary, other)
         headline = headline.join(_counts(summary, other), on=PLACE)
     differences = [name.format(other) for other in compared for name in DIFFERENCES]
-    return Analysis(summary.reindex(columns=[*COLUMNS, *differences, *LAST_COLUMNS]), headline, list(runs)[-1])
+    return Analysis(summary.reindex(columns=[*COLUMNS, *differences, *LAST_COLUMNS]), headline, list(runs)[-1], flips)
 
 
 def _place(level: Level, role: str) -> dict[str, Any]:
@@ -176,7 +178,7 @@ def _place(level: Level, role: str) -> dict[str, Any]:
     return {"run": role} | {name: getattr(level, name) for name in names}
 
 
-def _rows(level: Level, role: str, references: Sequence[str]) -> pd.DataFrame:
+def _rows(level: Level, role: str, references: Sequence[str], flips: int) -> pd.DataFrame:
     """One row for each cell of a run, compared with the runs that the references name."""
     cells = level.cells(role)
     table = pd.DataFrame(cells, columns=["press", "compression_ratio"]).assign(**_place(level, role), reason="")
@@ -187,7 +189,7 @@ def _rows(level: Level, role: str, references: Sequence[str]) -> pd.DataFrame:
     for other in references:
         shared = level.cells(role, other)
         difference = level.scores(role, shared) - level.scores(other, shared)
-        p = p_values(level.flipped_scores(role, shared) - level.flipped_scores(other, shared))
+        p = p_values(level.paired(role, other, shared), flips)
         single = level.differences(role, other, shared)
         figures = np.column_stack([difference.value, *interval(difference), p, single.min(axis=0), single.max(axis=0)])
         columns = [name.format(other) for name in DIFFERENCES[:-1]]

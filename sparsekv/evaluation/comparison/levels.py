@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,14 +13,14 @@ import numpy as np
 import pandas as pd
 
 from sparsekv.errors import UserError
-from sparsekv.evaluation.comparison.results import NO_PRESS, Results, check_paired
+from sparsekv.evaluation.comparison.results import CELL, NO_PRESS, Results, check_paired
 from sparsekv.evaluation.comparison.statistics import (
     Floats,
     Sampled,
+    TaskScores,
     average,
     bootstrap_means,
     ratio,
-    sign_flipped_means,
 )
 
 ALL_TASKS = "all tasks"
@@ -40,9 +42,11 @@ class Level:
     n : int
         Rows.
     columns : list of (role, press, compression ratio)
-        What the columns of `means` and `flipped` are.
-    means, flipped : Sampled
-        Means of bootstrap resamples, and means under random signs of the rows, of scores that are means over trainings.
+        What the columns of `means` and `tasks` are.
+    means : Sampled
+        Mean scores, which are means over trainings, and those of bootstrap resamples.
+    tasks : list of TaskScores
+        What they are means of.
     trainings : list of float64[trainings]
         For each column the mean score of each training of its role.
     bounds : mapping
@@ -58,7 +62,7 @@ class Level:
     n: int
     columns: list[tuple[str, str, float]]
     means: Sampled
-    flipped: Sampled
+    tasks: list[TaskScores]
     trainings: list[Floats]
     bounds: Mapping[Cell, float] = field(default_factory=dict)
 
@@ -76,9 +80,10 @@ class Level:
         """Mean scores of these cells of a run."""
         return self.means.take([self.columns.index((role, *cell)) for cell in cells])
 
-    def flipped_scores(self, role: str, cells: Sequence[Cell]) -> Sampled:
-        """The same under random signs; the signs of a row are the same in all runs and cells."""
-        return self.flipped.take([self.columns.index((role, *cell)) for cell in cells])
+    def paired(self, role: str, other: str, cells: Sequence[Cell]) -> list[TaskScores]:
+        """For each task the scores of one role less those of the other, row by row."""
+        mine, theirs = ([self.columns.index((name, *cell)) for cell in cells] for name in (role, other))
+        return [task.take(mine) - task.take(theirs) for task in self.tasks]
 
     def differences(self, role: str, other: str, cells: Sequence[Cell]) -> Floats:
         """Mean score of each training of one role less that of the same training of the other, or of its only one:
@@ -143,6 +148,14 @@ def levels(runs: Mapping[str, Results]) -> Iterator[Level]:
         yield from _all_tasks(found, suite)
 
 
+def largest_family(runs: Mapping[str, Results]) -> int:
+    """How many p-values are adjusted together at most: what two runs share of tasks × cells of one kind of metric."""
+    names = ["headline", *CELL, "task", "metric"]
+    cells = [set(run.scores[names].drop_duplicates().itertuples(index=False, name=None)) for run in runs.values()]
+    families = (Counter(cell[0] for cell in one & two) for one, two in itertools.combinations(cells, 2))
+    return max((size for family in families for size in family.values()), default=0)
+
+
 def _bounds(runs: Mapping[str, Results]) -> dict[tuple[str, str, str], dict[Cell, float]]:
     """(benchmark, data_dir, task) → the bounds of its cells."""
     bounds: dict[tuple[str, str, str], dict[Cell, float]] = {}
@@ -177,9 +190,9 @@ def _one_task(values: pd.DataFrame, **known: Any) -> Level:
     array = groups.mean().T.to_numpy(dtype=np.float64)
     # From the name, so that a task's figures do not depend on what else is in the folder.
     seed = zlib.crc32("/".join([known["benchmark"], known["data_dir"], known["task"]]).encode())
-    means, flipped = bootstrap_means(array, seed), sign_flipped_means(array, seed)
-    columns = [column for column, _ in groups]
-    return Level(**known, n=len(array), columns=columns, means=means, flipped=flipped, trainings=trainings)
+    scores, columns = TaskScores(array, seed), [column for column, _ in groups]
+    means = bootstrap_means(scores)
+    return Level(**known, n=len(array), columns=columns, means=means, tasks=[scores], trainings=trainings)
 
 
 def _all_tasks(tasks: Sequence[Level], suite: str) -> Iterator[Level]:
@@ -197,7 +210,7 @@ def _all_tasks(tasks: Sequence[Level], suite: str) -> Iterator[Level]:
             n=sum(task.n for task in tasks),
             columns=columns,
             means=average([task.means.take(place) for task, place in zip(tasks, places, strict=True)]),
-            flipped=average([task.flipped.take(place) for task, place in zip(tasks, places, strict=True)]),
+            tasks=[each.take(place) for task, place in zip(tasks, places, strict=True) for each in task.tasks],
             trainings=[
                 np.mean([task.trainings[place[index]] for task, place in zip(tasks, places, strict=True)], axis=0)
                 for index in range(len(columns))

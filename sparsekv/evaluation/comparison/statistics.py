@@ -7,8 +7,9 @@ of their resampled means in the same way, which keeps the pairing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,8 @@ Floats = NDArray[np.float64]
 
 CONFIDENCE = 0.95
 DRAWS = 4_999
-FLIPS = 19_999  # the smallest p-value is 1 / 20,000: small enough for Holm over some hundred cells
+FLIPS = 19_999  # the smallest p-value is 1 / 20,000; of larger families, see `flips_for`
+SMALLEST = 0.01  # what Holm may make of the smallest p-value: well below any level of significance
 BLOCK = 4_000_000  # weights held at once: 32 MB
 
 
@@ -51,59 +53,74 @@ class Sampled:
         return self.map(lambda cells: cells.mean(axis=-1, keepdims=True))
 
 
-def bootstrap_means(values: Floats, seed: int) -> Sampled:
-    """Column means, and those of rows drawn with replacement.
+@dataclass(frozen=True)
+class TaskScores:
+    """Scores of one task, or paired differences of scores, as they are drawn.
 
     Parameters
     ----------
     values : float64[rows, cells]
-        Scores of one task; row i of every cell is the same question.
+        Row i of every cell is the same question.
     seed : int
         Of the draws; the same for whatever shall stay paired.
+    """
+
+    values: Floats
+    seed: int
+
+    def take(self, cells: Sequence[int]) -> TaskScores:
+        """The scores of these cells, in this order."""
+        return replace(self, values=self.values[:, cells])
+
+    def __sub__(self, other: TaskScores) -> TaskScores:
+        return replace(self, values=self.values - other.values)
+
+    def mean(self) -> Floats:
+        """Over rows: float64[cells]."""
+        return self.values.mean(axis=0)
+
+
+def bootstrap_means(scores: TaskScores) -> Sampled:
+    """Column means, and those of rows drawn with replacement.
 
     Returns
     -------
     Sampled
         Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979).
     """
-    rows = len(values)
+    rng, rows = np.random.default_rng(scores.seed), len(scores.values)
 
-    def counts(rng: np.random.Generator, draws: int) -> Floats:
+    def means(draws: int) -> Floats:
         drawn = rng.integers(rows, size=(draws, rows)) + rows * np.arange(draws)[:, None]
         counted: Floats = np.bincount(drawn.ravel(), minlength=draws * rows).astype(np.float64)
-        return counted.reshape(draws, rows)
+        return counted.reshape(draws, rows) @ scores.values / rows
 
-    return Sampled(values.mean(axis=0), _weighted_means(values, counts, DRAWS, seed))
-
-
-def sign_flipped_means(values: Floats, seed: int) -> Sampled:
-    """Column means, and those after each row's sign was drawn anew; of differences: what chance alone would give.
-
-    Parameters
-    ----------
-    values : float64[rows, cells]
-        Paired differences, or two groups of columns whose means are subtracted afterwards: both give the same.
-    seed : int
-    """
-
-    def signs(rng: np.random.Generator, flips: int) -> Floats:
-        return (rng.integers(2, size=(flips, len(values)), dtype=np.int8) * 2 - 1).astype(np.float64)
-
-    return Sampled(values.mean(axis=0), _weighted_means(values, signs, FLIPS, seed))
+    return Sampled(scores.mean(), _in_blocks(means, DRAWS, rows))
 
 
-def _weighted_means(
-    values: Floats, weights: Callable[[np.random.Generator, int], Floats], count: int, seed: int
-) -> Floats:
-    """`weights(rng, k) @ values / rows` for `count` weightings, a block at a time: float64[count, cells]."""
-    rng = np.random.default_rng(seed)
-    block = max(1, BLOCK // len(values))
-    sizes = [min(block, count - start) for start in range(0, count, block)]
-    return np.concatenate([weights(rng, size) @ values for size in sizes]) / len(values)
+def sign_flipped_means(scores: TaskScores, rng: np.random.Generator, flips: int) -> Floats:
+    """Means after each row's sign was drawn anew, of differences what chance would give: float64[flips, cells]."""
+
+    def means(size: int) -> Floats:
+        signs = (rng.integers(2, size=(size, len(scores.values)), dtype=np.int8) * 2 - 1).astype(np.float64)
+        product: Floats = signs @ scores.values
+        return product / len(scores.values)
+
+    return _in_blocks(means, flips, len(scores.values))
+
+
+def _in_blocks(means: Callable[[int], Floats], count: int, weights: int) -> Floats:
+    """`means` of `count` draws of so many weights each, a block at a time: float64[count, cells]."""
+    return np.concatenate([means(size) for size in _parts(count, max(1, BLOCK // weights))])
+
+
+def _parts(count: int, most: int) -> list[int]:
+    """`count` in parts of at most so many."""
+    return [min(most, count - start) for start in range(0, count, most)]
 
 
 def average(strata: Sequence[Sampled]) -> Sampled:
-    """Unweighted mean over tasks, each resampled on its own (stratified bootstrap, stratified sign flips)."""
+    """Unweighted mean over tasks, each resampled on its own (stratified bootstrap)."""
     first, *rest = strata
     return first.map(lambda *arrays: sum(arrays[1:], arrays[0]) / len(arrays), *rest)
 
@@ -141,13 +158,24 @@ def interval(sampled: Sampled) -> tuple[Floats, Floats]:
     return np.where(known, low, np.nan), np.where(known, high, np.nan)
 
 
-def p_values(flipped: Sampled) -> Floats:
+def flips_for(family: int) -> int:
+    """Sign flips for p-values of which at most `family` are adjusted together.
+
+    The smallest p-value is 1 / (1 + flips), and `holm` takes it times their number. A multiple of `FLIPS` + 1, less the
+    one that `p_values` adds, so that the product is at most `SMALLEST`.
+    """
+    return max(1, math.ceil(family / (SMALLEST * (FLIPS + 1)))) * (FLIPS + 1) - 1
+
+
+def p_values(tasks: Sequence[TaskScores], flips: int = FLIPS) -> Floats:
     """Two-sided p-value of a mean difference of 0, by sign flips.
 
     Parameters
     ----------
-    flipped : Sampled
-        From `sign_flipped_means`, of differences.
+    tasks : sequence of TaskScores
+        Paired differences. Of several tasks it is of the unweighted mean over them, each flipped on its own.
+    flips : int
+        From `flips_for`. `FLIPS` + 1 are held at once, however many there are.
 
     Returns
     -------
@@ -156,9 +184,14 @@ def p_values(flipped: Sampled) -> Floats:
         21; the ones are those of Phipson and Smyth, "Permutation p-values should never be zero", 2010. 1 where all
         differences are 0.
     """
-    size = np.abs(flipped.value)
-    as_far = np.abs(flipped.draws) >= size - 1e-9 * np.maximum(1.0, size)  # ties come with rounding errors
-    return (1 + as_far.sum(axis=0)) / (1 + len(flipped.draws))
+    size = np.abs(sum(task.mean() for task in tasks) / len(tasks))
+    least = size - 1e-9 * np.maximum(1.0, size)  # ties come with rounding errors
+    generators = [np.random.default_rng(task.seed) for task in tasks]
+    as_far = np.ones(len(size))
+    for part in _parts(flips, FLIPS + 1):
+        drawn = sum(sign_flipped_means(task, rng, part) for task, rng in zip(tasks, generators, strict=True))
+        as_far += (np.abs(drawn / len(tasks)) >= least).sum(axis=0)
+    return as_far / (1 + flips)
 
 
 def holm(p: Floats) -> Floats:

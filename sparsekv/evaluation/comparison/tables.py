@@ -14,7 +14,7 @@ from rich.text import Text
 
 from sparsekv.evaluation.comparison.levels import ALL_TASKS
 from sparsekv.evaluation.comparison.results import NO_PRESS
-from sparsekv.evaluation.comparison.statistics import CONFIDENCE, DRAWS, FLIPS
+from sparsekv.evaluation.comparison.statistics import CONFIDENCE, DRAWS
 
 if TYPE_CHECKING:
     from sparsekv.evaluation.comparison.compare import Analysis
@@ -32,7 +32,7 @@ Of several trainings, a score is the mean over them, an interval is over rows, a
 better.
 Bound: the score that a press which goes by position alone reaches by copying the answers that it keeps.
 Gap closed: Σ (run − base) / Σ (base with the full cache − base) over the evicted cells.
-▲ better, ▼ worse, = no difference: p below 0.05, two-sided paired sign-flip permutation test ({FLIPS:,} flips), \
+▲ better, ▼ worse, = no difference: p below 0.05, two-sided paired sign-flip permutation test ({{flips}} flips), \
 Holm-adjusted over the cells of a run."""
 
 
@@ -52,7 +52,12 @@ def markdown(title: str, analyses: Sequence[Analysis]) -> str:
         parts += ["\n".join(f"- {line}" for line in describe(analysis))]
         for table in report(analysis):
             parts += [f"## {table.title}", markdown_table(table.header, table.rows)]
-    return "\n\n".join([*parts, NOTES.replace("\n", "\n\n")]) + "\n"
+    return "\n\n".join([*parts, notes(analyses).replace("\n", "\n\n")]) + "\n"
+
+
+def notes(analyses: Sequence[Analysis]) -> str:
+    """What the figures are."""
+    return NOTES.format(flips=" or ".join(f"{flips:,}" for flips in sorted({analysis.flips for analysis in analyses})))
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -73,7 +78,7 @@ def show(analyses: Sequence[Analysis], console: Console) -> None:
             for row in table.rows:
                 shown.add_row(*(Text(cell, style=STYLES.get(cell[:1], "")) for cell in row))
             console.print(shown)
-    console.print(NOTES, markup=False, highlight=False)
+    console.print(notes(analyses), markup=False, highlight=False)
 
 
 def describe(analysis: Analysis) -> list[str]:
@@ -90,7 +95,7 @@ def describe(analysis: Analysis) -> list[str]:
 def report(analysis: Analysis) -> Iterator[Table]:
     """The headline, every benchmark's cells and tasks, and the cells that have no score."""
     yield from headlines(analysis).values()
-    summary, _, role = analysis
+    summary, role = analysis.summary, analysis.role
     scored, unscored = summary[summary.reason == ""], summary[summary.reason != ""]
     averages, tasks = scored[scored.task == ALL_TASKS], scored[scored.task != ALL_TASKS]
     for _, table in averages.groupby(["benchmark", "data_dir", "metric"], sort=False):
@@ -107,7 +112,7 @@ def report(analysis: Analysis) -> Iterator[Table]:
 
 def headlines(analysis: Analysis) -> dict[tuple[str, str], Table]:
     """(benchmark, data_dir) → a table with a column for each run."""
-    summary, headline, _ = analysis
+    summary, headline = analysis.summary, analysis.headline
     if headline.empty:
         return {}
     averages = summary[(summary.reason == "") & (summary.task == ALL_TASKS)]
