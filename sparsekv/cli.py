@@ -1,7 +1,5 @@
 """The command line: arguments → the options of a command. Bad input ends with one line and status 2."""
 
-import contextlib
-import dataclasses
 import difflib
 import itertools
 import logging
@@ -10,17 +8,17 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from pkgutil import resolve_name
-from typing import Any, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 from sparsekv.cluster.config import CLUSTER, PIPELINE
 from sparsekv.commands import COMMANDS
 from sparsekv.errors import LostProcessError, UserError
-from sparsekv.yaml_keys import check_keys
+from sparsekv.option_files import check_value, options_of, reading
+from sparsekv.parser_messages import one_line
 
 
 def make_parser(commands: Iterable[str] = COMMANDS) -> ArgumentParser:
@@ -85,15 +83,14 @@ def spell_out_switches(arguments: Sequence[str]) -> list[str]:
 
 def known_flags(arguments: Sequence[str]) -> list[tuple[str, Any]]:
     """(flag, type) of every option of the command that the arguments begin with."""
+    schema = schema_of(arguments)
+    return [(f"--{name}", kind) for name, kind in options_of(schema)] if schema else []
+
+
+def schema_of(arguments: Sequence[str]) -> type | None:
+    """The dataclass of the options of the command that the arguments begin with, where it has one."""
     schema = COMMANDS[arguments[0]].schema if arguments and arguments[0] in COMMANDS else None
-    return list(_flags(resolve_name(schema))) if schema else []
-
-
-def _flags(schema: type, prefix: str = "--") -> Iterator[tuple[str, Any]]:
-    for name, kind in get_type_hints(schema).items():
-        yield prefix + name, kind
-        if dataclasses.is_dataclass(kind):
-            yield from _flags(cast(type, kind), f"{prefix}{name}.")
+    return cast(type, resolve_name(schema)) if schema else None
 
 
 def with_near_flag(message: str, arguments: Sequence[str]) -> str:
@@ -118,48 +115,13 @@ def files_first(arguments: Sequence[str]) -> list[str]:
     return [*arguments[:1], *itertools.chain(*groups.values())]
 
 
-@contextlib.contextmanager
-def reading(flag: str) -> Iterator[None]:
-    """Inside, what makes a file of options unreadable becomes one line."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag}: the file is not UTF-8 text") from error
-    except RecursionError as error:
-        raise UserError(f"{flag}: the file is nested too deeply, or holds itself") from error
-
-
-def check_anchors(file: str) -> None:
-    """Raise UserError, naming the file, unless it holds an AnchorConfig: the error within says an option only."""
-    config = resolve_name("sparsekv.anchors:AnchorConfig")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(config, as_group=False)
-    with reading(f"--anchors {file}"):
-        try:
-            config(**parser.parse_path(file).as_dict())
-        except (ArgumentError, TypeError, UserError) as error:  # TypeError: no such file
-            raise UserError(f"--anchors {file}: {one_line(error).removeprefix('--config: ')}") from error
-
-
-def check_mapping(flag: str, value: str, kind: Any) -> None:
-    """Raise UserError for a mapping, typed or in a file of options, that gives a key twice; `kind` is the option's."""
-    mapping = any(get_origin(part) is dict or dataclasses.is_dataclass(part) for part in (kind, *get_args(kind)))
-    if mapping and value.startswith("{"):
-        check_keys(value, f"{flag} {value}")
-    elif flag in ("--config", "--anchors"):
-        with contextlib.suppress(OSError, UnicodeDecodeError):  # said by who reads it
-            check_keys(Path(value).read_text("utf-8"), f"{flag} {value}")
-
-
 def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The command and the values of its options."""
     parser = make_parser(arguments[:1])
     words = files_first(spell_out_switches(with_underscores(arguments)))
-    kinds = dict(known_flags(arguments))
-    for flag, value in itertools.pairwise(words):
-        check_mapping(flag, value, kinds.get(flag))
-        if flag == "--anchors" and not value.startswith(("{", "--")):
-            check_anchors(value)
+    schema = schema_of(arguments)
+    for flag, value in itertools.pairwise(words if schema else []):
+        check_value(flag, value, words[0], cast(type, schema))
     with reading("--config"):
         options = parser.parse_args(words)
     refuse_nulls(words, options[options.command])
@@ -173,44 +135,6 @@ def refuse_nulls(arguments: Sequence[str], options: Namespace) -> None:
     for flag, kind in known_flags(arguments):
         if type(None) not in get_args(kind) and options.get(flag[2:], ...) is None:
             raise UserError(f"{flag} null: give a value, or leave it out")
-
-
-POSITIONALS = ("folders", "results", "target")
-# What jsonargparse says of a value of another kind, and of each kind that would be right.
-MISTYPED = re.compile(r"(--[\w.]+): (?:Expected a|Does not validate) .*(?:Got|Given) value: (.*)")
-KIND = re.compile(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^]]+)\])")
-KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-    "list": "a list such as [a, b]",
-    "dict": "a mapping such as {a: 1, b: 2}",
-}
-
-
-def _mistyped(said: re.Match[str]) -> str:
-    """`--ratio abc: must be a number`; unchanged where a kind has no plain name."""
-    found = [kind for kind in KIND.findall(said[0]) if kind[0] != "NoneType"]
-    kinds = [KINDS.get(name) or options.replace("'", "").replace(", ", " or ") for name, options in found]
-    plain = all(kinds) and said[0].count("Expected a ") == len(KIND.findall(said[0]))
-    return f"{said[1]} {said[2]}: must be {' or '.join(kinds)}" if plain else said[0]
-
-
-def one_line(error: Exception) -> str:
-    """jsonargparse's message of several lines as one, with the flag as it is typed."""
-    message = " ".join(str(error).split())
-    for theirs, ours in (
-        ('Parser key "', "--"),
-        ('":', ":"),
-        ("Problems parsing config", "--config"),
-        ("Unexpected config", "--config: the file holds no options"),
-    ):
-        message = message.replace(theirs, ours)
-    message = re.sub(r"Subcommand '(\w+)' does not accept option ('[^']+')", r"--config: \1 has no option \2", message)
-    if message.startswith("the following arguments are required"):
-        message = re.sub(r"\w+\.(\w+)", lambda name: name[1] if name[1] in POSITIONALS else f"--{name[1]}", message)
-    return MISTYPED.sub(_mistyped, message)
 
 
 def quieten() -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sparsekv.errors import require
+
 STOPPED = 128 + signal.SIGTERM
 
 Values = dict[str, Any]  # option → value
@@ -26,9 +28,14 @@ class MergeConfig:
         New folder for the merged model.
     """
 
-    model: str
-    adapter: str
-    output_dir: str
+    model: str = ""
+    adapter: str = ""
+    output_dir: str = ""
+
+    def __post_init__(self) -> None:
+        require(bool(self.model), "--model is missing: the base of the adapter")
+        require(bool(self.adapter), "--adapter is missing: the folder of an adapter, such as out/final")
+        require(bool(self.output_dir), "--output_dir is missing: the new folder of the merged model")
 
 
 def train(values: Values) -> int:
@@ -78,8 +85,9 @@ def report(values: Values) -> int:
 def merge(values: Values) -> int:
     from sparsekv.adapters import merge_adapter
 
-    merge_adapter(values["model"], values["adapter"], values["output_dir"])
-    print(values["output_dir"])
+    config = MergeConfig(**values)
+    merge_adapter(config.model, config.adapter, config.output_dir)
+    print(config.output_dir)
     return 0
 
 

@@ -26,9 +26,16 @@ def read_yaml(path: Path, flag: str) -> dict[str, Any]:
     try:
         text = path.read_text("utf-8")
         content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{flag} {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: is not UTF-8 text (byte 0x{error.object[error.start]:02x})") from error
+    except RecursionError as error:
+        raise UserError(f"{flag} {path}: is nested too deeply, or holds itself") from error
+    except yaml.MarkedYAMLError as error:
+        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise UserError(f"{flag} {path}: is not YAML: {error.problem}{line}") from error
+    except (yaml.YAMLError, ValueError) as error:  # a character that YAML forbids; a date that there is not
         raise UserError(f"{flag} {path}: is not YAML: {' '.join(str(error).split())}") from error
     content = {} if content is None else content
     require(isinstance(content, dict), f"{flag} {path}: must hold `key: value` lines")

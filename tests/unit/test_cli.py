@@ -154,15 +154,15 @@ def test_anchors_from_a_file(tmp_path, train_values):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"sink_sise: 7", "sink_sise"),
+        (b"sink_sise: 7", "no option 'sink_sise'; did you mean sink_size?"),
         (b"sink_size: few", "sink_size"),
         (b"sink_size: -1", "--anchors.sink_size -1"),
-        (b"sink_size: [", "parsing"),
-        (b"- a list", "no options"),
+        (b"sink_size: [", "not YAML"),
+        (b"- a list", "key: value"),
         (b"", "no options"),
         (b"extra_punctuation: \xc6", "not UTF-8"),
-        (b"a: &a [*a]", "nested too deeply"),
-        (None, "not exist"),
+        (b"sink_size: " + b"[" * 5000, "nested too deeply"),
+        (None, "No such file"),
     ],
 )
 def test_a_bad_file_of_anchors_is_named(tmp_path, capsys, content, said):
@@ -203,11 +203,49 @@ def test_a_line_says_what_would_be_right(capsys, arguments, said):
     assert said in failure(capsys, *arguments)
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "analyze"])
-def test_a_file_with_an_unknown_option_is_no_flag(capsys, tmp_path, command):
-    (tmp_path / "run.yaml").write_text("maxlen: 7\n")
-    line = failure(capsys, command, "--config", str(tmp_path / "run.yaml"))
-    assert f"--config: {command} has no option 'maxlen'" in line
+@pytest.mark.parametrize(
+    ("command", "content", "said"),
+    [
+        ("train", b"maxlen: 7", "train has no option 'maxlen'; did you mean max_seq_len?"),
+        ("eval", b"zzz: 7", "eval has no option 'zzz'"),
+        ("analyze", b"maxlen: 7", "analyze has no option 'maxlen'; did you mean max_len?"),
+        ("merge", b"modle: m", "merge has no option 'modle'; did you mean model?"),
+        ("eval", b"model: m\ndata: x.jsonl", "eval has no option 'data'; it is of train, analyze"),
+        ("train", b"anchors: {sink_sise: 3}", "anchors has no option 'sink_sise'; did you mean sink_size?"),
+        ("train", b"anchors.sink_sise: 3", "train has no option 'anchors.sink_sise'; did you mean anchors.sink_size?"),
+        ("train", b"7: 3", "train has no option '7'"),
+        ("train", b"lr: fast", "--lr fast: must be a number"),
+        ("eval", b"runs: {a: {model: m, adpater: x}}", "runs: a has no option 'adpater'; did you mean adapter?"),
+        ("eval", b"runs: {a: m}", "runs: a: must be a mapping of model, adapter, not 'm'"),
+        ("eval", b"runs: {a: {model: [m]}}", "runs: a: --model ['m']: must be text"),
+        (
+            "eval",
+            b"benchmarks: [{name: ruler, context_lenght: 5}]",
+            "benchmarks: ruler has no option 'context_lenght'; did you mean context_length?",
+        ),
+        ("eval", b"benchmarks: [{nam: b}]", "benchmarks: entry 1 has no option 'nam'; did you mean name?"),
+        ("eval", b"benchmarks: [{name: b, top_k: x}]", "benchmarks: b: --top_k x: must be a whole number"),
+        ("train", b"a: [1,\nb: {", "is not YAML: expected the node content, but found '<stream end>' (line 2)"),
+        ("train", b"seed: 2020-13-45", "is not YAML: month must be in 1..12"),
+        ("train", b"- model", "must hold `key: value` lines"),
+        ("train", b"# nothing", "the file holds no options"),
+        ("train", b"model: \xc6", "is not UTF-8 text (byte 0xc6)"),
+        ("train", None, "cannot be read (No such file or directory)"),
+    ],
+)
+def test_a_bad_file_of_options_is_named(capsys, tmp_path, command, content, said):
+    file = tmp_path / "run.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    for words in (["--config", str(file)], [f"--config={file}", "--model", "m"]):
+        assert failure(capsys, command, *words) == f"sparsekv: --config {file}: {said}"
+
+
+def test_a_file_of_anchors_that_a_file_names(capsys, tmp_path):
+    (tmp_path / "anchors.yaml").write_text("sink_sise: 3")
+    (tmp_path / "run.yaml").write_text("anchors: anchors.yaml")
+    line = failure(capsys, "train", "--config", str(tmp_path / "run.yaml"))
+    assert line == f"sparsekv: --config {tmp_path / 'run.yaml'}: anchors has no option 'sink_sise'"
 
 
 def test_flags_that_scripts_rely_on(train_values):
@@ -367,7 +405,11 @@ def test_switches_of_eval(eval_values):
         ([*EVAL, "--seed", "-1"], "--seed -1"),
         ([*EVAL, "--benchmark", "a,b", "--data_dir", "4096"], "--data_dir 4096"),
         ([*EVAL, "--benchmark", "a", "--benchmarks", "[{name: b}]"], "--benchmark or benchmarks"),
-        ([*EVAL, "--benchmarks", "[{name: b, num_sampels: 3}]"], "num_sampels"),
+        (
+            [*EVAL, "--benchmarks", "[{name: b, num_sampels: 3}]"],
+            "--benchmarks: b has no option 'num_sampels'; did you mean num_samples?",
+        ),
+        (["--out", "o", "--runs", "{a: {modle: m}}"], "--runs: a has no option 'modle'; did you mean model?"),
         ([*EVAL, "--benchmarks", "[{name: b, num_samples: many}]"], "benchmarks: b: "),
         ([*EVAL, "--benchmarks", "[{data_dir: b}]"], "benchmarks: "),
         ([*EVAL, "--no_such_option", "1"], "--no_such_option"),
