@@ -11,6 +11,11 @@ from sparsekv.anchors import AnchorConfig
 from sparsekv.errors import UserError, require
 
 RATIOS = ("compression_ratio", "head_compression_ratio", "key_channel_compression_ratio", "target_compression_ratio")
+# Numbers that the presses divide by, or make slices and averages of: with 0 they fail in a cell, or score nothing.
+AT_LEAST_ONE = (
+    *("beta", "block_size", "chunk_length", "chunk_size", "kernel_size", "lag_size", "local_window_size"),
+    *("n_future_positions", "sketch_dimension", "window_size"),
+)
 Configured: TypeAlias = BasePress | AnchorConfig
 T = TypeVar("T", bound=Configured)
 
@@ -47,7 +52,10 @@ def parse_parameters(spec: str, press: BasePress, texts: dict[str, str]) -> dict
             wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
             raise UserError(f"--presses {spec!r}: {name} must be {wanted}, not {text!r}") from error
         counts = isinstance(values[name], int) and name != "seed"  # tokens, heads, layers
-        require(not counts or values[name] >= 0, f"--presses {spec!r}: {name} must be 0 or more, not {text}")
+        least = int(name in AT_LEAST_ONE)
+        require(not counts or values[name] >= least, f"--presses {spec!r}: {name} must be {least} or more, not {text}")
+        centred = name != "kernel_size" or values[name] % 2 == 1
+        require(centred, f"--presses {spec!r}: {name} must be odd, not {text}")
     return values
 
 

@@ -191,6 +191,11 @@ def test_a_seed_is_no_count():
     assert make_press("random:seed=-1", 0.5).seed == -1
 
 
+@pytest.mark.parametrize("spec", ["streaming_llm:n_sink=0", "anchor:sink_size=0:recent_size=0", "cur:num_sinks=0"])
+def test_what_may_be_0(spec):
+    assert make_press(spec, 0.5)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -207,7 +212,20 @@ def test_a_seed_is_no_count():
         ("no_press:x=1", r"no_press has no parameters"),
         ("snapkv:window_size=wide", r"window_size must be int, not 'wide'"),
         ("snapkv:window_size=1.5", r"window_size must be int, not '1.5'"),
-        ("snapkv:window_size=-3", r"window_size must be 0 or more, not -3"),
+        ("snapkv:window_size=-3", r"window_size must be 1 or more, not -3"),
+        ("streaming_llm:n_sink=-3", r"n_sink must be 0 or more, not -3"),
+        ("snapkv:window_size=0", r"window_size must be 1 or more, not 0"),
+        ("decoding_snapkv:window_size=0", r"window_size must be 1 or more, not 0"),
+        ("snapkv:kernel_size=0", r"kernel_size must be 1 or more, not 0"),
+        ("snapkv:kernel_size=4", r"kernel_size must be odd, not 4"),
+        ("pyramidkv:beta=0", r"beta must be 1 or more, not 0"),
+        ("block_keydiff:block_size=0", r"block_size must be 1 or more, not 0"),
+        ("chunkkv:chunk_length=0", r"chunk_length must be 1 or more, not 0"),
+        ("compactor:chunk_size=0", r"chunk_size must be 1 or more, not 0"),
+        ("leverage:sketch_dimension=0", r"sketch_dimension must be 1 or more, not 0"),
+        ("lagkv:lag_size=0", r"lag_size must be 1 or more, not 0"),
+        ("cur:local_window_size=0", r"local_window_size must be 1 or more, not 0"),
+        ("expected_attention:n_future_positions=0", r"n_future_positions must be 1 or more, not 0"),
         ("cur:leverage_type=both", r"leverage_type must be Literal\[.*\], not 'both'"),
         ("snapkv:window_size", r"'window_size' is not param=value"),
         ("snapkv:", r"'' is not param=value"),
