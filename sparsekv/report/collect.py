@@ -136,7 +136,8 @@ def collect(folders: Sequence[Path]) -> Evidence:
 def _outermost(folders: Sequence[Path]) -> list[Path]:
     """The folders, each once, without those inside another one."""
     for folder in folders:
-        require(folder.is_dir(), f"{folder}: no such folder; name folders that eval, train, analyze or demo wrote")
+        found = "is a file" if folder.is_file() else "no such folder"
+        require(folder.is_dir(), f"{folder}: {found}; name folders that eval, train, analyze or demo wrote")
     places = {folder.resolve(): folder for folder in folders}
     return [folder for place, folder in places.items() if not places.keys() & set(place.parents)]
 

@@ -34,6 +34,8 @@ class ReportConfig:
         page = Path(self.out)
         require(page.suffix == ".html", f"--out {self.out}: name a file that ends with .html")
         require(not page.is_dir(), f"--out {self.out}: is a folder; name a file in it")
+        file = next((parent for parent in page.parents if parent.is_file()), None)
+        require(file is None, f"--out {self.out}: {file} is a file, not a folder; name a page in a folder")
         for folder in (page.parent, self.figures_folder, self.tables_folder):
             check_writable(folder, "--out")
 

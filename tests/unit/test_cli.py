@@ -466,6 +466,11 @@ def test_report(monkeypatch, capsys, tmp_path):
     assert "results" in failure(capsys, "report")
     assert "nowhere: no such folder" in failure(capsys, "report", "nowhere", "--out", out)
     assert "r.txt: name a file that ends with .html" in failure(capsys, "report", "nowhere", "--out", "r.txt")
+    (tmp_path / "notes.txt").write_text("mine")
+    file, page = str(tmp_path / "notes.txt"), str(tmp_path / "notes.txt" / "x" / "r.html")
+    assert f"{file}: is a file; name folders" in failure(capsys, "report", file, "--out", out)
+    line = failure(capsys, "report", str(tmp_path), "--out", page)
+    assert line == f"sparsekv: --out {page}: {file} is a file, not a folder; name a page in a folder"
     seen = []
     monkeypatch.setattr("sparsekv.report.run.report", lambda config: seen.append(config) or ["page", "folder"])
     with pytest.raises(SystemExit) as ended:
