@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from sparsekv.errors import UserError
+from sparsekv.errors import UserError, require
 from sparsekv.recall import recall_rows
-from sparsekv.sources import PYDOC, documents
+from sparsekv.sources import PYDOC, documents, is_path
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,10 @@ def parse_sources(data: str | dict[str, float]) -> dict[str, float]:
     Raises
     ------
     UserError
-        No source, an empty name, or a weight that is not a finite number above 0.
+        No source, an empty name, a list, or a weight that is not a finite number above 0.
     """
+    if isinstance(data, list) or (isinstance(data, str) and data.startswith("[") and not is_path(data)):
+        raise UserError(f"--data {data}: a mixture is a mapping, such as {{pydoc: 0.5, recall: 0.5}}")
     sources: dict[Any, Any] = {data: 1.0} if isinstance(data, str) else data
     if not isinstance(sources, dict) or not sources:
         raise UserError(f"--data {data!r}: give a source, or sources with weights such as {{pydoc: 0.5, recall: 0.5}}")
@@ -52,6 +54,16 @@ def parse_sources(data: str | dict[str, float]) -> dict[str, float]:
             raise UserError(f"--data {name}: its weight is {weight!r}; weights are numbers above 0")
     total = math.fsum(sources.values())
     return {name: weight / total for name, weight in sources.items()}
+
+
+def check_subset(sources: Iterable[str], data_subset: str | None) -> None:
+    """Raise UserError for a `data_subset` that none of the sources can have: only Hub datasets have any."""
+    on_hub = [name for name in sources if name not in (PYDOC, RECALL) and not is_path(name)]
+    require(
+        not data_subset or bool(on_hub),
+        f"--data_subset {data_subset}: is of a Hub dataset, and --data {', '.join(sources)} is none; leave it out, "
+        "or give null where a file names one",
+    )
 
 
 def is_held_out(text: str, share: float = VALIDATION_SHARE) -> bool:
@@ -97,9 +109,10 @@ def build_datasets(
     Raises
     ------
     UserError
-        A source that is unknown, unreadable, not UTF-8, empty, or too small for one row.
+        A source that is unknown, unreadable, not UTF-8, empty, or too small for one row; a subset of no Hub dataset.
     """
     weights = parse_sources(sources)
+    check_subset(weights, data_subset)
     if tokenizer.eos_token_id is None:
         raise UserError("--model: its tokenizer has no end-of-sequence token, which separates documents in a row")
     counts = {

@@ -31,17 +31,22 @@ _UNDOCUMENTED = {"site-packages", "dist-packages", "test", "tests", "idle_test",
 
 def documents(name: str, seed: int, data_subset: str | None) -> Iterator[str]:
     """The documents of a source, in an order fixed by `seed`; nothing is read before it is asked for."""
-    path = Path(name).expanduser()
     if name == PYDOC:
         parts = [*_topics(), *_library_files()]
         random.Random(seed).shuffle(parts)
         stream = datasets.IterableDataset.from_generator(_read_pydoc, gen_kwargs={"parts": parts})
-    elif path.exists():
-        stream = datasets.IterableDataset.from_generator(_read_files, gen_kwargs={"files": _text_files(path)})
+    elif is_path(name):
+        files = _text_files(Path(name).expanduser())
+        stream = datasets.IterableDataset.from_generator(_read_files, gen_kwargs={"files": files})
         stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     else:
         stream = _hub_stream(name, data_subset).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     return (record["text"] for record in stream if record["text"] and record["text"].strip())
+
+
+def is_path(name: str) -> bool:
+    """Whether a source is a file or folder here, and so no Hub dataset."""
+    return Path(name).expanduser().exists()
 
 
 def _text_files(path: Path) -> list[str]:

@@ -78,6 +78,20 @@ def test_bad_weights_are_user_errors(value):
         parse_sources(value)
 
 
+@pytest.mark.parametrize("value", ["[pydoc, recall]", ["pydoc", "recall"]])
+def test_a_list_is_no_mixture(value):
+    with pytest.raises(UserError, match=r"^--data \[.*\]: a mixture is a mapping, such as {pydoc: 0.5, recall: 0.5}$"):
+        parse_sources(value)
+
+
+@pytest.mark.parametrize("weights", [{"pydoc": 1.0}, {"recall": 1.0}, {str(Path(__file__)): 1.0, "pydoc": 1.0}])
+def test_a_subset_of_no_hub_dataset_is_refused(weights, tokenizer):
+    with pytest.raises(UserError, match=r"^--data_subset part: is of a Hub dataset, and --data .* is none"):
+        build_datasets(weights, tokenizer, LENGTH, 4, 1, 0, data_subset="part")
+    data.check_subset(weights, None)
+    data.check_subset({**weights, "some/dataset": 1.0}, "part")
+
+
 @given(st.integers(0, 10_000), st.lists(st.floats(0.01, 1), min_size=1, max_size=6))
 @settings(max_examples=50)
 def test_rows_are_shared_out_completely_and_fairly(total, weights):
