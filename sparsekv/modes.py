@@ -1,11 +1,12 @@
-"""Switching modules of a model: `eval()`, `train()` and peft's `disable_adapter()` in a hundredth of their time.
+"""Switching modules of a model, and seeding one device: what torch and peft do, in a hundredth of their time.
 
-Those walk through thousands of modules, and the GPU has nothing to do meanwhile.
+`eval()`, `train()` and `disable_adapter()` walk through thousands of modules, and the GPU has nothing to do meanwhile.
 """
 
 import contextlib
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 
 ADAPTER_SWITCH = "_disable_adapters"  # peft's, in every module that holds an adapter
@@ -38,3 +39,10 @@ def training_already(model: nn.Module, base: nn.Module) -> Iterator[None]:
         yield
     finally:
         object.__delattr__(model, "train")
+
+
+def seed_device(device: torch.device, seed: int) -> None:
+    """As `torch.manual_seed` for the CPU and one device: that goes through every kind of device, and all of each."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)

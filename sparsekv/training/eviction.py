@@ -16,7 +16,7 @@ from sparsekv.attention import (
     two_region_mask,
 )
 from sparsekv.errors import UserError
-from sparsekv.modes import switched
+from sparsekv.modes import seed_device, switched
 from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.choices import SKETCHING_RULES
 from sparsekv.training.plan import EvictionPlan
@@ -269,5 +269,5 @@ def scoring(module: nn.Module, device: torch.device, seed: int | None, different
         stack.enter_context(torch.set_grad_enabled(differentiable and torch.is_grad_enabled()))
         if seed is not None:
             stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-            torch.manual_seed(seed)
+            seed_device(device, seed)
         yield

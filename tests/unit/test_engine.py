@@ -341,9 +341,18 @@ def test_a_prefill_that_never_fits_is_one_line(model, tokenizer, monkeypatch):
 def test_an_idle_press_is_reported(model, tokenizer, caplog):
     cell = Cell("decoding_knorm", 0.5)
     answers = [each for batch in Engine(model, tokenizer).run(works_of(tokenizer, [cell])) for each in batch]
-    assert [record.getMessage() for record in caplog.records if "evicts nothing" in record.getMessage()]
+    (said,) = [message for message in caplog.messages if "evicts nothing" in message]
+    assert said.endswith("give decoding_knorm:compression_interval=N")
     assert all(answer.prefill_seconds > 0 for answer in answers)
     assert answers[0].kv_bytes["requested"] == pytest.approx(answers[0].kv_bytes["full"] / 2, rel=0.01)
+
+
+def test_a_press_that_acts_in_one_row_is_not_idle(model, tokenizer, caplog):
+    """The first rows to be answered are the shortest."""
+    works = works_of(tokenizer, [Cell("decoding_knorm:compression_interval=11", 0.5)])
+    assert {question.max_new_tokens for work in works for question in work.questions} == {10, 11, 12}
+    list(Engine(model, tokenizer).run(works))
+    assert not caplog.messages
 
 
 # ---- what a cache holds ----

@@ -29,6 +29,7 @@ from sparsekv.evaluation.engine.while_decoding import generate_with_press, kept_
 from sparsekv.evaluation.engine.work import FULL_CACHE, Answer, Cell, ContextWork, Failure, Question
 from sparsekv.observe import check_observable
 from sparsekv.presses import is_decoding
+from sparsekv.presses.parameters import split_spec
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +124,9 @@ class Engine:
             If memory does not hold even one row.
         """
         pool: list[_Pending] = []
+        longest = max((question.max_new_tokens for work in works for question in work.questions), default=0)
         for work in sorted(works, key=lambda work: (work.questions[0].max_new_tokens, work.ids.shape[1])):
-            yield from self._answer_while_decoding(work)
+            yield from self._answer_while_decoding(work, longest)
             for cells in self._groups(work):
                 if pool and not self._has_room(pool, work, cells):
                     yield from self._flush(pool)
@@ -305,7 +307,7 @@ class Engine:
 
     # ---- presses that evict while decoding ----
 
-    def _answer_while_decoding(self, work: ContextWork) -> Iterator[Batch]:
+    def _answer_while_decoding(self, work: ContextWork, longest: int) -> Iterator[Batch]:
         """The ordinary way, one question and cell at a time: such a press acts between the steps of one row."""
         for cell in work.cells:
             if not is_decoding(cell.press) or cell in self._failed:
@@ -315,7 +317,7 @@ class Engine:
             except UserError as error:
                 yield [self._fail(cell, error, work)]
                 continue
-            self._warn_if_idle(cell, press, work)
+            self._warn_if_idle(cell, press, longest)
             for question in work.questions:
                 try:
                     with self._one_line_without_memory(cell, work.ids.shape[1] + question.max_new_tokens):
@@ -357,16 +359,15 @@ class Engine:
                 question.row, cell, generation, text, None, None, len(tokens), kv_bytes, prefill_seconds, seconds
             )
 
-    def _warn_if_idle(self, cell: Cell, press: BasePress, work: ContextWork) -> None:
-        """Say once when every answer ends before the press first evicts."""
-        longest = max(question.max_new_tokens for question in work.questions)
+    def _warn_if_idle(self, cell: Cell, press: BasePress, longest: int) -> None:
+        """Say once when every answer, of `longest` tokens at most, ends before the press first evicts."""
         interval = getattr(press, "compression_interval", 0)
         if longest < interval and cell not in self._warned:
             self._warned.add(cell)
             logger.warning(
                 "%s evicts every %d tokens, but answers have at most %d: it evicts nothing; "
                 "give %s:compression_interval=N",
-                *(cell, interval, longest, cell.press),
+                *(cell, interval, longest, split_spec(cell.press)[0]),
             )
 
     def _decode(self, tokens: list[int]) -> str:

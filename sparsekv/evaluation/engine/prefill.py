@@ -29,6 +29,7 @@ from sparsekv.evaluation.engine.evicted import (
 from sparsekv.evaluation.engine.memory import is_out_of_memory
 from sparsekv.evaluation.engine.replay import ReplayAt, evict_by_replay
 from sparsekv.evaluation.engine.scores import Scores, draws, marks, ranks
+from sparsekv.modes import seed_device
 
 
 @torch.inference_mode()
@@ -97,7 +98,7 @@ class _Fork(BasePress):
             if isinstance(cache, Exception):
                 continue
             if draws(press):
-                _seed_generators(layer.keys.device, zlib.crc32(f"{key} {module.layer_idx}".encode(), self.seed))
+                seed_device(layer.keys.device, zlib.crc32(f"{key} {module.layer_idx}".encode(), self.seed))
             try:
                 if not waiting.takes(cache, press, self.scores):
                     cache.append(*_evict_layer(press, module, input, kwargs, output, layer))
@@ -109,13 +110,6 @@ class _Fork(BasePress):
         if not self.keeps_cache:
             layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
         return output
-
-
-def _seed_generators(device: torch.device, seed: int) -> None:
-    """As `torch.manual_seed` for one device, at a hundredth of its time: that goes through every kind of device."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 class _Waiting:
