@@ -26,6 +26,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -42,6 +43,7 @@ READ = {  # what each is made of
     AutoConfig: "config.json",
     AutoTokenizer: "config.json, tokenizer.json and tokenizer_config.json",
     AutoModelForCausalLM: "config.json and generation_config.json",
+    GenerationConfig: "config.json and generation_config.json",
 }
 
 
@@ -86,6 +88,16 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Configuration of the model that `name` stands for (see `resolve_model`)."""
     return _load(AutoConfig, name, resolve_model(name), trust_remote_code=trust_remote_code)
+
+
+def load_generation_config(name: str) -> GenerationConfig:
+    """Generation settings of the model that `name` stands for (see `resolve_model`), as it has them once loaded."""
+    source = _local_if_offline(resolve_model(name))
+    with _one_line(name, READ[GenerationConfig]):
+        try:
+            return GenerationConfig.from_pretrained(source)
+        except OSError:  # there is no such file
+            return GenerationConfig.from_pretrained(source, config_file_name="config.json")
 
 
 def load_model(

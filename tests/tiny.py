@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -126,6 +127,14 @@ def save_tiny(folder: Path, name: str = "llama", **changes) -> str:
     """Save a tiny model and its tokenizer as a model folder; returns the folder's name."""
     make_tiny(name, **changes).save_pretrained(folder)
     make_tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def save_with_ends(folder: Path, text: str) -> str:
+    """As `save_tiny`; the tokens of a text are ends of a turn that only the generation configuration names."""
+    save_tiny(folder)
+    ends = make_tiny_tokenizer().encode(text, add_special_tokens=False)
+    GenerationConfig(bos_token_id=1, eos_token_id=[2, *ends], pad_token_id=0).save_pretrained(folder)
     return str(folder)
 
 

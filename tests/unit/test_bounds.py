@@ -6,7 +6,7 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from tiny import make_tiny, make_tiny_tokenizer, save_tiny
+from tiny import make_tiny, make_tiny_tokenizer, save_tiny, save_with_ends
 from transformers import DynamicCache
 
 from sparsekv.anchors import AnchorSelector
@@ -107,6 +107,13 @@ def test_cells_are_added_and_what_is_there_is_not_done_again(inputs, tmp_path, m
         run(inputs, tmp_path)
     file.unlink()
     assert run(inputs, tmp_path).equals(first)
+
+
+def test_what_only_the_model_calls_special_is_an_anchor(inputs, tmp_path):
+    model = save_with_ends(tmp_path / "model", "4711")
+    plain = run(inputs, tmp_path / "plain", presses="anchor:recent_size=5").set_index("task").bound
+    made = run(inputs, tmp_path / "ends", presses="anchor:recent_size=5", model=model).set_index("task").bound
+    assert (plain["early"], made["early"]) == (0, 100)
 
 
 def again_from_the_start(inputs, out, **changes):

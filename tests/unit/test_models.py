@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, logits, make_tiny, save_tiny
+from tiny import FAMILIES, logits, make_tiny, save_tiny, save_with_ends
 from transformers import DynamicCache
 
 from sparsekv import models
 from sparsekv.errors import UserError
-from sparsekv.models import check_ids, load_model, load_tokenizer, resolve_model
+from sparsekv.models import check_ids, load_generation_config, load_model, load_tokenizer, resolve_model
 from sparsekv.presses import make_press
 
 
@@ -57,6 +57,17 @@ def test_the_demo_name_is_its_folder(base, monkeypatch):
 def test_dtype(base):
     assert load_model(str(base)).dtype == torch.float32
     assert load_model(str(base), dtype="bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_generation_settings_are_those_of_the_loaded_model(tmp_path, there):
+    folder = Path(save_with_ends(tmp_path, "a b"))
+    if not there:
+        (folder / "generation_config.json").unlink()
+    found, loaded = load_generation_config(str(folder)), load_model(str(folder)).generation_config
+    assert isinstance(loaded.eos_token_id, list) == there
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    assert [getattr(found, name) for name in ids] == [getattr(loaded, name) for name in ids]
 
 
 def test_tokenizer_round_trip(base, tiny_tokenizer):

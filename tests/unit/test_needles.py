@@ -7,7 +7,7 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from tiny import make_tiny_tokenizer, save_tiny
+from tiny import make_tiny_tokenizer, save_tiny, save_with_ends
 
 from sparsekv.anchors import AnchorConfig, AnchorSelector
 from sparsekv.evaluation.matrix import needles as needles_module
@@ -93,6 +93,12 @@ def test_chat_template_and_cut_move_and_remove_needles(inputs, tmp_path, made):
     cut = run(inputs, tmp_path / "cut", max_context_length=30)
     assert (cut.context_tokens == 30).all()
     assert set(cut.answer) == set(made[made.position < 30].answer) != set(made.answer)
+
+
+def test_what_only_the_model_calls_special_is_an_anchor(inputs, tmp_path, made):
+    ends = run(inputs, tmp_path / "out", model=save_with_ends(tmp_path / "model", "zebra"))
+    distance = [table.set_index("task").anchor_distance["twice"] for table in (made, ends)]
+    assert distance[0] > distance[1] == 0
 
 
 def test_query_aware_is_a_benchmark_of_its_own(inputs, tmp_path):

@@ -12,7 +12,6 @@ import torch
 from filelock import FileLock, Timeout
 from kvpress import ScorerPress, StreamingLLMPress
 
-from sparsekv.anchors import AnchorSelector
 from sparsekv.evaluation.benchmarks.schema import Benchmark
 from sparsekv.evaluation.benchmarks.scoring.rows import answers
 from sparsekv.evaluation.comparison.results import BOUND_COLUMNS, BOUNDS, FINGERPRINT, read_bounds
@@ -57,7 +56,7 @@ def _positional(cell: Cell, encoder: Encoder) -> ScorerPress | None:
     """The cell's press, if it goes by position and token alone."""
     press = None if cell == FULL_CACHE else make_press(cell.press, cell.ratio, encoder.tokenizer)
     if isinstance(press, AnchorPress):
-        press.selector = AnchorSelector(press.anchors, encoder.tokenizer)
+        press.selector = encoder.selector(press.anchors)
     return press if isinstance(press, AnchorPress | StreamingLLMPress) else None
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from sparsekv.anchors import AnchorConfig, AnchorSelector
 from sparsekv.errors import require
 from sparsekv.evaluation.benchmarks.schema import Benchmark
 from sparsekv.evaluation.engine.work import Cell, ContextWork, Question
@@ -26,12 +27,18 @@ class Encoder:
     benchmark : Benchmark
     suite : Suite
         With the options of the prompt.
+    config : PreTrainedConfig, optional
+        The model's.
+    generation_config : GenerationConfig, optional
+        The model's.
     """
 
     tokenizer: PreTrainedTokenizerBase
     positions: int | None
     benchmark: Benchmark
     suite: Suite
+    config: PreTrainedConfig | None = None
+    generation_config: GenerationConfig | None = None
 
     def contexts(self) -> list[list[int]]:
         """Numbers of the rows, those of one context together, in the order of the benchmark."""
@@ -61,6 +68,10 @@ class Encoder:
         row = self.benchmark.rows[number]
         context = row["context"] + (row["question"] if self.suite.query_aware else "")
         return open_turn(self.tokenizer, context, self.suite.chat_template, self.suite.enable_thinking)[0]
+
+    def selector(self, anchors: AnchorConfig) -> AnchorSelector:
+        """Marks the same anchors as `AnchorPress` in the model."""
+        return AnchorSelector(anchors, self.tokenizer, self.config, self.generation_config)
 
     def _check(self, context: int, question: Question) -> None:
         where = f"--benchmark {self.benchmark.name}: row {question.row}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from kvpress import BasePress
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from sparsekv.adapters import check_adapter
 from sparsekv.errors import UserError, require
@@ -31,6 +31,7 @@ from sparsekv.models import (
     check_device,
     check_ids,
     load_config,
+    load_generation_config,
     load_tokenizer,
     may_make_unknown_ids,
     model_fingerprint,
@@ -129,20 +130,23 @@ def _load_base(name: str, config: EvalConfig) -> Base:
     check_model(model_config.get_text_config(), name)
     tokenizer = load_tokenizer(name, config.trust_remote_code)
     tokenizer.model_max_length = sys.maxsize  # lengths are checked here, and not also warned of
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    encoders = [_load_encoder(name, suite, tokenizer, positions, config.seed) for suite in config.suites()]
+    configs = model_config, load_generation_config(name)
+    encoders = [_load_encoder(name, suite, tokenizer, configs, config.seed) for suite in config.suites()]
     for encoder in encoders:
-        if encoder.benchmark.kind == "likelihood":
-            check_plain_logits(model_config.get_text_config(), name)
         _check_rows(encoder, model_config, name)
     return Base(model_config, tokenizer, model_fingerprint(name, model_config), encoders)
 
 
 def _load_encoder(
-    model: str, suite: Suite, tokenizer: PreTrainedTokenizerBase, positions: int | None, seed: int
+    model: str,
+    suite: Suite,
+    tokenizer: PreTrainedTokenizerBase,
+    configs: tuple[PreTrainedConfig, GenerationConfig],
+    seed: int,
 ) -> Encoder:
     for press, ratio in suite.cells():
         make_press(press, ratio, tokenizer)
+    positions = getattr(configs[0].get_text_config(), "max_position_embeddings", None)
     length = suite.context_length or (CONTEXT_LENGTH if suite.name in OF_ANY_LENGTH else None)
     cut = suite.context_length is None and suite.max_context_length is not None
     fits = cut or not (length and positions) or length <= positions
@@ -156,8 +160,9 @@ def _load_encoder(
         num_samples=suite.num_samples,
         seed=seed,
     )
-    encoder = Encoder(tokenizer, positions, benchmark, suite)
+    encoder = Encoder(tokenizer, positions, benchmark, suite, *configs)
     if benchmark.kind == "likelihood":
+        check_plain_logits(configs[0].get_text_config(), model)
         _check_likelihood(benchmark, suite)
     for press, ratio in suite.cells():
         _check_growth(benchmark, press)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 
-from sparsekv.anchors import AnchorConfig, AnchorSelector
+from sparsekv.anchors import AnchorConfig
 from sparsekv.evaluation.benchmarks.scoring.rows import answers
 from sparsekv.evaluation.comparison.results import FINGERPRINT, ROWS, benchmark_label
 from sparsekv.evaluation.engine.work import FULL_CACHE
@@ -93,7 +93,7 @@ def _is_there(job: Job) -> bool:
 
 def _needles(encoder: Encoder) -> Iterator[dict[str, Any]]:
     """A record for each needle; the first place counts."""
-    selector = AnchorSelector(AnchorConfig(), encoder.tokenizer)
+    selector = encoder.selector(AnchorConfig())
     for row, ids, places in locate(encoder):
         anchors = selector.classes(ids).nonzero()[:, 0]
         for answer, found in places.items():
