@@ -20,6 +20,7 @@ def write_cell(
     adapter: str | None = None,
     metrics: Sequence[str] = ("string_match",),
     answer: str = 'a\n"b", c',
+    contexts: Sequence[int] = (),
     **settings: Any,
 ) -> Path:
     """A cell whose rows are numbered through `scores`, task by task.
@@ -30,6 +31,8 @@ def write_cell(
         Task → for each row its score; or a list of scores, one a generation; or a dict of scores by metric.
     answer : str
         What was predicted for every row.
+    contexts : sequence of int
+        For each row the number of its context; without, the file says none, as those of before did.
     """
     parts = (data[0], data[1], model, press.replace(":", "_"), f"{ratio:.2f}")
     folder = out / "__".join(str(part) for part in parts if part)
@@ -40,7 +43,8 @@ def write_cell(
     config["sparsekv"] = common | settings
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     flat = [(task, score) for task, group in scores.items() for score in group]
-    columns = ["row", "generation", "task", "predicted_answer", *(f"score:{name}" for name in metrics)]
+    columns = ["row", "generation", "task", "predicted_answer", *(["context"] if contexts else [])]
+    columns += [f"score:{name}" for name in metrics]
     with (folder / "predictions.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, columns)
         table.writeheader()
@@ -48,6 +52,7 @@ def write_cell(
             for generation, score in enumerate(given if isinstance(given, list) else [given]):
                 by_metric = score if isinstance(score, dict) else {metrics[0]: score}
                 named = {f"score:{name}": value for name, value in by_metric.items()}
+                named |= {"context": contexts[row]} if contexts else {}
                 table.writerow(dict(zip(columns, (row, generation, task, answer), strict=False)) | named)
     (folder / "metrics.json").write_text("{}")
     (folder / "profile.json").write_text(json.dumps({"commit": "abc1234"}))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,13 +18,12 @@ from sparsekv.evaluation.matrix.journal import Journal
 from sparsekv.evaluation.matrix.predictions import profile
 
 ROWS = 3
+CONTEXTS = [0, 1, 0]  # their numbers
 
 
 def benchmark() -> Benchmark:
-    rows = [
-        {"context": "c" * 99, "question": "q?", "answer": ["a", 'b"'], "task": f"t{row}", "max_new_tokens": 5}
-        for row in range(ROWS)
-    ]
+    same = {"question": "q?", "answer": ["a", 'b"'], "max_new_tokens": 5}
+    rows = [{"context": "cd"[CONTEXTS[row]] * 99, "task": f"t{row}", **same} for row in range(ROWS)]
     return Benchmark(
         name="mine",
         data_dir=None,
@@ -110,13 +110,18 @@ def test_from_the_first_answer_to_the_files(new):
     with (cell.path / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["row"], row["generation"]) for row in rows] == [(str(r), str(g)) for r in range(ROWS) for g in (0, 1)]
-    assert "context" not in rows[0]
+    assert [row["context"] for row in rows] == [str(r) for r in CONTEXTS for _ in (0, 1)]
     assert rows[3]["predicted_answer"] == "answer 1\n,\r1"
     assert json.loads(rows[3]["answer"]) == ["a", 'b"']
     assert rows[3]["score:length"] == str(float(len("answer 1\n,\r1")))
     assert (rows[3]["score:own_t1"], rows[3]["score:own_t2"]) == ("1.0", "")
     assert json.loads((cell.path / "metrics.json").read_text())["answers"][3] == "answer 1\n,\r1"
     new().check()
+
+
+def test_rows_with_nothing_for_a_context_share_none():
+    rows = [{**benchmark().rows[0], "context": text} for text in ("a", " ", "b", " ", "a", "")]
+    assert replace(benchmark(), rows=rows).contexts == [0, 1, 2, 3, 0, 4]
 
 
 def test_what_is_written_is_what_statistics_read(new, tmp_path):
@@ -127,6 +132,7 @@ def test_what_is_written_is_what_statistics_read(new, tmp_path):
     scores = load_results(tmp_path).scores
     assert len(scores[scores.metric == "length"]) == 2 * ROWS
     assert set(scores.press) == {"snapkv"}
+    assert scores.groupby("row").context.unique().map(list).tolist() == [[number] for number in CONTEXTS]
 
 
 def test_the_profile():

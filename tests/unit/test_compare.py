@@ -148,6 +148,48 @@ def test_flips_grow_with_the_family(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "permutation test (59,999 flips)" in (tmp_path / "out" / "compare.md").read_text()
 
 
+def of_contexts(out: Path, contexts: list[int], tasks: int = 1) -> pd.DataFrame:
+    """Base and trained, each row's score of the full cache and of snapkv, the same in every task."""
+    rng = np.random.default_rng(4)
+    for name, gain in (("base", 0), ("trained", 8)):
+        scores = [50 + gain + rng.normal(0, 9, 24) for _ in range(2)]
+        full, evicted = ({f"t{task}": each.tolist() for task in range(tasks)} for each in scores)
+        write_run(out / name, full, evicted, adapter=None if name == "base" else name, contexts=contexts)
+    return summarize(*(load_results(out / name) for name in ("trained", "base")))
+
+
+def test_rows_of_one_context_are_drawn_together(tmp_path: Path) -> None:
+    unknown = of_contexts(tmp_path / "unknown", [])
+    own = of_contexts(tmp_path / "own", list(range(24)))
+    pd.testing.assert_frame_equal(own, unknown, check_exact=True)
+    shared = of_contexts(tmp_path / "shared", [number // 6 for number in range(24)])
+    same = ["n", "score", "retention", "diff_base", "diff_base_min"]
+    pd.testing.assert_frame_equal(shared[same], own[same])
+    assert row(own).p_base < 0.1
+    assert row(shared).p_base >= 2 / 2**4  # all signs of four contexts alike
+    for name in ("ci", "retention", "diff_base"):
+        assert (shared[f"{name}_low"] != own[f"{name}_low"]).any(), name
+
+
+def test_a_context_of_several_tasks_is_drawn_for_all_of_them(tmp_path: Path) -> None:
+    names = ["ci_low", "ci_high", "retention_low", "retention_high", "diff_base_low", "diff_base_high"]
+    summary = of_contexts(tmp_path / "shared", [*range(24)] * 2, tasks=2)
+    one, both = (summary[summary.task == task][names].reset_index(drop=True) for task in ("t0", ALL_TASKS))
+    pd.testing.assert_frame_equal(one, both)  # the second task adds nothing
+    assert row(summary).p_base == pytest.approx(row(summary, task="t0").p_base / 2)  # of 2 cells, not of 4
+    apart = row(of_contexts(tmp_path / "apart", [*range(48)], tasks=2))
+    assert apart.ci_high - apart.ci_low < 0.9 * (both.ci_high - both.ci_low).min()
+
+
+def test_cells_of_before_contexts_were_numbered_go_by_the_others(tmp_path: Path) -> None:
+    contexts = [number // 6 for number in range(24)]
+    before = of_contexts(tmp_path, contexts)
+    (file,) = (tmp_path / "base").glob("*no_press*/predictions.csv")
+    pd.read_csv(file).drop(columns="context").to_csv(file, index=False)
+    after = summarize(*(load_results(tmp_path / name) for name in ("trained", "base")))
+    pd.testing.assert_frame_equal(after, before)
+
+
 def test_gap_closed_is_the_share_of_what_base_lost(tmp_path: Path) -> None:
     base, control, trained = three_runs(tmp_path)
     compare([base, control, trained], str(tmp_path / "out"))

@@ -81,6 +81,7 @@ def test_query_aware_cells_are_a_benchmark_of_their_own(cell: Path) -> None:
         ("predictions.csv", "row,generation,task,score:m\n0,0,vt,1\n1,0,vt,\n", "row 1 has no score"),
         ("predictions.csv", "row,generation,task,score:m\n0,0,vt,inf\n", "row 0 has no score"),
         ("predictions.csv", "row,generation,task,score:m\n0,0,vt,oops\n", "could not convert"),
+        ("predictions.csv", "row,generation,task,context,score:m\n0,0,vt,a text,1\n", "invalid literal"),
         ("predictions.csv", "row,generation,task,score:m\n0,0,vt,1\n0,0,vt,1\n", "row 0 is there twice"),
         ("predictions.csv", "row,generation,task,score:m\n0,0,vt,1,9,9,9\n1,0\n0,0,0,0,0,0,0,0,0\n", "corrupt"),
         ("profile.json", '{"commit": ', "Expecting value"),

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sparsekv.evaluation.comparison.statistics import (
+    DRAWS,
     FLIPS,
     Sampled,
     TaskScores,
     average,
     bootstrap_means,
+    by_context,
     flips_for,
     holm,
     interval,
@@ -25,14 +27,19 @@ from sparsekv.evaluation.comparison.statistics import (
 TRIALS = 600  # experiments, each a column
 
 
+def rows(values: np.ndarray, seed: int = 0) -> TaskScores:
+    """Each with a context of its own."""
+    return by_context(values, np.arange(len(values)), len(values), seed)
+
+
 def resampled(values: np.ndarray, seed: int) -> Sampled:
     """Means of draws of rows."""
-    return bootstrap_means(TaskScores(values, seed))
+    return bootstrap_means(rows(values, seed))
 
 
 def chance(values: np.ndarray, seed: int = 0) -> np.ndarray:
     """p-values of one task's differences."""
-    return p_values([TaskScores(values, seed)])
+    return p_values([rows(values, seed)])
 
 
 def covered(sampled: Sampled, truth: float) -> float:
@@ -107,7 +114,7 @@ def test_p_values_are_uniform_when_nothing_differs() -> None:
     tasks = [
         rng.normal(0.0, spread, (n, TRIALS)) * (rng.random((n, TRIALS)) < 0.5) for spread, n in ((5, 30), (50, 20))
     ]
-    together = [TaskScores(values, seed) for seed, values in enumerate(tasks)]
+    together = [rows(values, seed) for seed, values in enumerate(tasks)]
     assert stats.kstest(chance(tasks[0]), "uniform").pvalue > 0.01
     assert stats.kstest(p_values(together), "uniform").pvalue > 0.01
     assert np.mean(chance(tasks[0] + 3.0) < 0.05) > 0.9
@@ -134,7 +141,7 @@ def test_p_value_is_the_exact_one_of_scipy() -> None:
 
 
 def test_flipping_two_runs_alike_is_flipping_their_difference() -> None:
-    runs = TaskScores(np.random.default_rng(6).random((30, 2)), 0)
+    runs = rows(np.random.default_rng(6).random((30, 2)))
     both = sign_flipped_means(runs, np.random.default_rng(0), 500)
     apart = sign_flipped_means(runs.take([1]) - runs.take([0]), np.random.default_rng(0), 500)
     assert np.allclose(both[:, 1] - both[:, 0], apart[:, 0])
@@ -154,7 +161,7 @@ def test_a_large_family_leaves_room_for_significance(cells: int) -> None:
     flips = flips_for(cells)
     assert cells / (1 + flips) <= 0.01
     assert (flips == FLIPS) == (cells <= 200)  # figures of families of the usual size do not change
-    worse = TaskScores(np.random.default_rng(8).normal(-30.0, 5.0, (20, 1)), 0)
+    worse = rows(np.random.default_rng(8).normal(-30.0, 5.0, (20, 1)))
     p = p_values([worse], flips)
     assert holm(np.repeat(p, cells)).max() < 0.05
 
@@ -163,8 +170,46 @@ def test_more_flips_come_nearer_to_the_exact_p_value() -> None:
     differences = np.random.default_rng(9).normal(0.4, 1.0, (9, 40))
     signs = np.array(list(itertools.product([-1, 1], repeat=9)))
     exact = np.mean(np.abs(signs @ differences) >= np.abs(differences.sum(axis=0)) - 1e-9, axis=0)
-    few, many = (p_values([TaskScores(differences, 0)], flips) for flips in (FLIPS, 399_999))
+    few, many = (p_values([rows(differences)], flips) for flips in (FLIPS, 399_999))
     assert np.abs(many - exact).mean() < 0.5 * np.abs(few - exact).mean()
+
+
+def test_contexts_of_one_row_are_rows() -> None:
+    values = np.random.default_rng(10).random((30, 3))
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(30, size=(DRAWS, 30))
+    assert np.allclose(resampled(values, 0).draws, values[drawn].mean(axis=1), rtol=1e-12)
+    signs = np.random.default_rng(0).integers(2, size=(100, 30), dtype=np.int8) * 2 - 1
+    flipped = sign_flipped_means(rows(values), np.random.default_rng(0), 100)
+    assert np.allclose(flipped, signs @ values / 30, rtol=1e-12)
+
+
+def test_contexts_are_drawn_with_all_of_their_rows() -> None:
+    values, contexts = np.array([[1.0], [2.0], [4.0], [8.0]]), np.array([1, 0, 1, 1])
+    scores = by_context(values, contexts, 2, 0)
+    assert scores.mean() == 3.75
+    assert set(bootstrap_means(scores).draws[:, 0]) == {2.0, 3.75, 13 / 3}
+    assert set(sign_flipped_means(scores, np.random.default_rng(0), 50)[:, 0]) == {3.75, 2.75, -2.75, -3.75}
+
+
+def test_a_draw_without_a_row_leaves_no_interval() -> None:
+    values = np.random.default_rng(12).random((6, 2)) + 1
+    means = bootstrap_means(by_context(values, np.array([0, 0, 1, 1, 2, 2]), 5, 0))  # two contexts are other tasks'
+    for undefined in (means, ratio(means.take([0]), means.take([1])), average([resampled(values, 0), means])):
+        assert np.isfinite(undefined.value).all()
+        assert np.isnan(interval(undefined)).all()
+
+
+def test_rows_of_one_context_are_no_more_evidence_than_they_are() -> None:
+    rng = np.random.default_rng(11)
+    contexts = np.repeat(np.arange(30), rng.integers(4, 13, 30))  # 30 documents, 4 to 12 questions about each
+    alike = rng.normal(0.0, 1.0, (30, TRIALS))[contexts]
+    values = alike + rng.normal(0.0, 1.0, alike.shape)  # correlated by 0.5, and nothing differs
+    assert np.mean(chance(values) < 0.05) > 0.3
+    assert covered(resampled(values, 0), 0.0) < 0.7
+    clustered = by_context(values, contexts, 30, 0)
+    assert 0.02 < np.mean(p_values([clustered]) < 0.05) < 0.08
+    assert 0.90 < covered(bootstrap_means(clustered), 0.0) < 0.97
 
 
 def test_holm_by_hand() -> None:

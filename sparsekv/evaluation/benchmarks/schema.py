@@ -47,6 +47,13 @@ class Benchmark:
     lower_is_better: frozenset[str] = frozenset()
 
     @cached_property
+    def contexts(self) -> list[int]:
+        """The number of each row's context, the same for rows with the same text; what is blank is none to share."""
+        numbers: dict[str | int, int] = {}
+        texts = (row["context"] if row["context"].strip() else number for number, row in enumerate(self.rows))
+        return [numbers.setdefault(text, len(numbers)) for text in texts]
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the name, the part and every row: the same for the same questions in the same order."""
         digest = hashlib.sha256(json.dumps([self.name, self.data_dir]).encode())

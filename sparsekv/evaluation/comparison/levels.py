@@ -20,6 +20,7 @@ from sparsekv.evaluation.comparison.statistics import (
     TaskScores,
     average,
     bootstrap_means,
+    by_context,
     ratio,
 )
 
@@ -112,8 +113,8 @@ def levels(runs: Mapping[str, Results]) -> Iterator[Level]:
     """Every task of every benchmark, and after the tasks of each benchmark their average.
 
     The average is over tasks, each counting the same (RULER's way), of the tasks that all the runs have and the cells
-    that all of these tasks have. Tasks are resampled apart. A data_dir that is itself a task (LongBench's) is averaged
-    with the others; one that is a context length (RULER's) is not.
+    that all of these tasks have. Tasks are resampled apart, unless they ask about the same contexts. A data_dir that is
+    itself a task (LongBench's) is averaged with the others; one that is a context length (RULER's) is not.
 
     Parameters
     ----------
@@ -135,15 +136,18 @@ def levels(runs: Mapping[str, Results]) -> Iterator[Level]:
     table["suite"] = _suites(table)
     group, task = ["benchmark", "suite", "measure"], ["data_dir", "task", "metric"]
     column = [*COLUMN, "training"]
-    wide = table.groupby([*group, *task, "row", *column]).score.mean().unstack(column)  # generations are averaged
-    bounds = _bounds(runs)
+    table["context"] = _contexts(table)
+    rows = [*task, "row", "context"]
+    wide = table.groupby([*group, *rows, *column]).score.mean().unstack(column)  # generations are averaged
+    bounds, shared = _bounds(runs), _shared_contexts(table)
     for (benchmark, suite, measure), tables in wide.groupby(level=group):
         found = []
         for (data_dir, name, metric), values in tables.groupby(level=task):
-            known = {"benchmark": benchmark, "data_dir": data_dir, "task": name, "metric": metric}
+            known: dict[str, Any] = {"benchmark": benchmark, "data_dir": data_dir, "task": name, "metric": metric}
             known |= {"headline": measure == "", "lower_is_better": metric in lower}
             place = (benchmark, data_dir, name)
-            found.append(_one_task(values, bounds=bounds.get(place, {}) if measure == "" else {}, **known))
+            known["bounds"] = bounds.get(place, {}) if measure == "" else {}
+            found.append(_one_task(values, shared.get((benchmark, data_dir)), **known))
         yield from found
         yield from _all_tasks(found, suite)
 
@@ -174,8 +178,23 @@ def _suites(scores: pd.DataFrame) -> pd.Series:
     return scores.data_dir.mask(several & (parts == 1) & (tasks == 1) & ~scores.data_dir.str.isdecimal(), "")
 
 
-def _one_task(values: pd.DataFrame, **known: Any) -> Level:
-    """A level from its rows × cells."""
+def _contexts(table: pd.DataFrame) -> pd.Series:
+    """The number of each score's context; where no cell knows it (older ones do not), each row has its own."""
+    known = table.context.astype(float).groupby([table.benchmark, table.data_dir, table.row]).transform("first")
+    return known.fillna(-1.0 - table.row.astype(float))
+
+
+def _shared_contexts(table: pd.DataFrame) -> dict[tuple[str, str], pd.Index]:
+    """(benchmark, data_dir) → the numbers of its contexts, where several of its tasks ask about the same."""
+    return {
+        place: pd.Index(np.unique(part.context))
+        for place, part in table.groupby(["benchmark", "data_dir"])
+        if part.groupby("context").task.nunique().max() > 1
+    }
+
+
+def _one_task(values: pd.DataFrame, shared: pd.Index | None, **known: Any) -> Level:
+    """A level from its rows × cells, and the contexts that it shares with other tasks."""
     values = values.dropna(axis=1, how="all")
     lacking = values.isna().sum()
     if lacking.any():
@@ -188,10 +207,13 @@ def _one_task(values: pd.DataFrame, **known: Any) -> Level:
     groups = values.T.groupby(level=COLUMN)
     trainings = [group.mean(axis=1).to_numpy() for _, group in groups]
     array = groups.mean().T.to_numpy(dtype=np.float64)
-    # From the name, so that a task's figures do not depend on what else is in the folder.
-    seed = zlib.crc32("/".join([known["benchmark"], known["data_dir"], known["task"]]).encode())
-    scores, columns = TaskScores(array, seed), [column for column, _ in groups]
-    means = bootstrap_means(scores)
+    contexts = values.index.get_level_values("context")
+    drawn = contexts.unique() if shared is None else shared
+    # From the name, so that a task's figures do not depend on what else is in the folder. Tasks that share contexts
+    # draw from all of them by one seed, so that a context is drawn for all at once.
+    name = [known["benchmark"], known["data_dir"], *([known["task"]] if shared is None else [])]
+    scores = by_context(array, drawn.get_indexer(contexts), len(drawn), zlib.crc32("/".join(name).encode()))
+    means, columns = bootstrap_means(scores), [column for column, _ in groups]
     return Level(**known, n=len(array), columns=columns, means=means, tasks=[scores], trainings=trainings)
 
 

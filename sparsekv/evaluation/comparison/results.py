@@ -15,10 +15,11 @@ from sparsekv.errors import UserError, gist, require
 from sparsekv.evaluation.comparison.cell_files import FINISHED
 
 NO_PRESS = "no_press"  # the press name of the full-cache cell
+CONTEXT = "context"  # the column of predictions.csv with the number of a row's context
 SCORE = "score:"  # what the names of score columns in predictions.csv begin with
 CELL = ["benchmark", "data_dir", "press", "compression_ratio"]
 RUN = ["model", "adapter"]
-COLUMNS = [*RUN, *CELL, "task", "row", "generation", "training", "metric", "score", "headline"]
+COLUMNS = [*RUN, *CELL, "task", "row", "context", "generation", "training", "metric", "score", "headline"]
 BOUNDS = "bounds"  # folder beside the cells: how far presses that go by position alone can come
 ROWS = "benchmark_fingerprint"  # of a benchmark's rows, in their order
 FINGERPRINT = "fingerprint"  # of all that decides what a file beside the cells says of a benchmark
@@ -44,8 +45,9 @@ class Results:
         One row a cell: `RUN` and `CELL` columns, folder, seed, commit, lower_is_better (frozenset of metrics), settings
         (what decides its answers), reason (why it has no scores, or "").
     scores : DataFrame
-        One row a cell, question, generation and metric: `COLUMNS`; headline is whether this is the task's first metric,
-        training the number of the run among several of a role.
+        One row a cell, question, generation and metric: `COLUMNS`; context is its number in the benchmark (NaN in cells
+        that were written before it was), headline whether this is the task's first metric, training the number of the
+        run among several of a role.
     bounds : DataFrame
         One row a positional cell and task: `BOUND_COLUMNS`.
     """
@@ -208,16 +210,18 @@ def _load_scores(file: Path) -> pd.DataFrame:
     """
     wanted = ["row", "generation", "task"]
     names = {"task": str}  # as they are: a task may be called NA, which is a missing value elsewhere
-    table = pd.read_csv(file, usecols=lambda name: name in wanted or name.startswith(SCORE), converters=names)
+    used = {*wanted, CONTEXT}
+    table = pd.read_csv(file, usecols=lambda name: name in used or name.startswith(SCORE), converters=names)
     missing = [name for name in wanted if name not in table]
     metrics = [name for name in table if name.startswith(SCORE)]
     if missing or table.empty:
         raise ValueError(f"no column {', '.join(missing)}" if missing else "no row")
     table[metrics] = table[metrics].astype(float)
+    table[CONTEXT] = table[CONTEXT].astype(int) if CONTEXT in table else np.nan
     if metrics:
         _refuse(table, ~np.isfinite(table[metrics]).any(axis=1) | np.isinf(table[metrics]).any(axis=1), "has no score")
     _refuse(table, table.duplicated(["row", "generation"]), "is there twice")
-    long = table.melt(wanted, metrics, "metric", "score").dropna(subset="score")
+    long = table.melt([*wanted, CONTEXT], metrics, "metric", "score").dropna(subset="score")
     long["metric"], long["training"] = long.metric.str.removeprefix(SCORE), 0
     long["headline"] = long.metric == long.groupby("task").metric.transform("first")
     return long

@@ -2,7 +2,8 @@
 
 Every cell of a benchmark is scored on the same rows. So one set of resampled rows serves all cells: the mean of each
 resample is one matrix product, and whatever is made of means (ratios, paired differences, averages over tasks) is made
-of their resampled means in the same way, which keeps the pairing.
+of their resampled means in the same way, which keeps the pairing. Rows that ask about one context are alike, so
+contexts are resampled, each with all of its rows.
 """
 
 from __future__ import annotations
@@ -59,54 +60,76 @@ class TaskScores:
 
     Parameters
     ----------
-    values : float64[rows, cells]
-        Row i of every cell is the same question.
+    sums : float64[contexts, cells]
+        Over the rows of a context, which are the same questions in every cell.
+    sizes : float64[contexts]
+        Rows of each.
     seed : int
         Of the draws; the same for whatever shall stay paired.
     """
 
-    values: Floats
+    sums: Floats
+    sizes: Floats
     seed: int
 
     def take(self, cells: Sequence[int]) -> TaskScores:
         """The scores of these cells, in this order."""
-        return replace(self, values=self.values[:, cells])
+        return replace(self, sums=self.sums[:, cells])
 
     def __sub__(self, other: TaskScores) -> TaskScores:
-        return replace(self, values=self.values - other.values)
+        return replace(self, sums=self.sums - other.sums)
 
     def mean(self) -> Floats:
         """Over rows: float64[cells]."""
-        return self.values.mean(axis=0)
+        mean: Floats = self.sums.sum(axis=0) / self.sizes.sum()
+        return mean
+
+
+def by_context(values: Floats, contexts: NDArray[np.intp], number: int, seed: int) -> TaskScores:
+    """Scores as they are drawn: float64[rows, cells], the context of each row, and how many contexts there are."""
+    sums = np.zeros_like(values, shape=(number, values.shape[1]))
+    np.add.at(sums, contexts, values)
+    return TaskScores(sums, np.bincount(contexts, minlength=number).astype(np.float64), seed)
 
 
 def bootstrap_means(scores: TaskScores) -> Sampled:
-    """Column means, and those of rows drawn with replacement.
+    """Means over rows, and those of contexts drawn with replacement.
 
     Returns
     -------
     Sampled
-        Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979).
+        Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7 (1979); of contexts with
+        several rows the pairs cluster bootstrap: Cameron, Gelbach and Miller, "Bootstrap-based improvements for
+        inference with clustered errors", Review of Economics and Statistics 90 (2008). A draw without any row is NaN.
     """
-    rng, rows = np.random.default_rng(scores.seed), len(scores.values)
+    rng, number = np.random.default_rng(scores.seed), len(scores.sums)
 
     def means(draws: int) -> Floats:
-        drawn = rng.integers(rows, size=(draws, rows)) + rows * np.arange(draws)[:, None]
-        counted: Floats = np.bincount(drawn.ravel(), minlength=draws * rows).astype(np.float64)
-        return counted.reshape(draws, rows) @ scores.values / rows
+        drawn = rng.integers(number, size=(draws, number)) + number * np.arange(draws)[:, None]
+        counted = np.bincount(drawn.ravel(), minlength=draws * number).astype(np.float64).reshape(draws, number)
+        with np.errstate(invalid="ignore"):
+            drawn_means: Floats = counted @ scores.sums / (counted @ scores.sizes)[:, None]
+        return drawn_means
 
-    return Sampled(scores.mean(), _in_blocks(means, DRAWS, rows))
+    return Sampled(scores.mean(), _in_blocks(means, DRAWS, number))
 
 
 def sign_flipped_means(scores: TaskScores, rng: np.random.Generator, flips: int) -> Floats:
-    """Means after each row's sign was drawn anew, of differences what chance would give: float64[flips, cells]."""
+    """Means after the sign of each context's rows was drawn anew; of differences, what chance alone would give.
+
+    Returns
+    -------
+    float64[flips, cells]
+        Canay, Romano and Shaikh, "Randomization tests under an approximate symmetry assumption", Econometrica 85
+        (2017).
+    """
 
     def means(size: int) -> Floats:
-        signs = (rng.integers(2, size=(size, len(scores.values)), dtype=np.int8) * 2 - 1).astype(np.float64)
-        product: Floats = signs @ scores.values
-        return product / len(scores.values)
+        signs = (rng.integers(2, size=(size, len(scores.sums)), dtype=np.int8) * 2 - 1).astype(np.float64)
+        product: Floats = signs @ scores.sums
+        return product / scores.sizes.sum()
 
-    return _in_blocks(means, flips, len(scores.values))
+    return _in_blocks(means, flips, len(scores.sums))
 
 
 def _in_blocks(means: Callable[[int], Floats], count: int, weights: int) -> Floats:
@@ -120,7 +143,7 @@ def _parts(count: int, most: int) -> list[int]:
 
 
 def average(strata: Sequence[Sampled]) -> Sampled:
-    """Unweighted mean over tasks, each resampled on its own (stratified bootstrap)."""
+    """Unweighted mean over tasks, each resampled on its own (stratified bootstrap), or with others by the same seed."""
     first, *rest = strata
     return first.map(lambda *arrays: sum(arrays[1:], arrays[0]) / len(arrays), *rest)
 
@@ -137,7 +160,7 @@ def ratio(numerator: Sampled, denominator: Sampled) -> Sampled:
 
 def _divide(numerator: Floats, denominator: Floats) -> Floats:
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(denominator > 0, numerator / denominator, np.copysign(np.inf, numerator))
+        return np.where(denominator <= 0, np.copysign(np.inf, numerator), numerator / denominator)  # NaN stays NaN
 
 
 def interval(sampled: Sampled) -> tuple[Floats, Floats]:
@@ -146,8 +169,8 @@ def interval(sampled: Sampled) -> tuple[Floats, Floats]:
     Returns
     -------
     (float64[cells], float64[cells])
-        Lower and upper bound at `CONFIDENCE`. NaN where there is nothing to draw from (one row, or all scores equal)
-        and where the statistic or a bound is not finite.
+        Lower and upper bound at `CONFIDENCE`. NaN where there is nothing to draw from (one context, or all scores
+        equal) and where the statistic or a bound is not finite.
     """
     tail = (1 - CONFIDENCE) / 2
     with np.errstate(invalid="ignore"):
@@ -173,7 +196,7 @@ def p_values(tasks: Sequence[TaskScores], flips: int = FLIPS) -> Floats:
     Parameters
     ----------
     tasks : sequence of TaskScores
-        Paired differences. Of several tasks it is of the unweighted mean over them, each flipped on its own.
+        Paired differences. Of several tasks it is of the unweighted mean over them, flipped as `average` says.
     flips : int
         From `flips_for`. `FLIPS` + 1 are held at once, however many there are.
 

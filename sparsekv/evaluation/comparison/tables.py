@@ -24,7 +24,8 @@ STYLES = {"▲": "bold blue", "▼": "bold yellow"}  # told apart by shape, and 
 NONE = "–"
 NOTES = f"""\
 Score [low, high]: mean over rows (generations of a row are averaged first) with its {CONFIDENCE:.0%} percentile \
-bootstrap interval ({DRAWS:,} draws of rows, tasks drawn apart, fixed seed); no interval where all rows are equal.
+bootstrap interval ({DRAWS:,} draws of rows, those of one context together, tasks drawn apart, fixed seed); no \
+interval where all rows are equal.
 {ALL_TASKS}: every task counts the same.
 Retention: score / full-cache score of the same run and rows; for nll, perplexity of the full cache / of the evicted \
 one; {NONE} where the full cache scores 0.

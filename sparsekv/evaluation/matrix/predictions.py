@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sparsekv.evaluation.benchmarks.schema import Benchmark
-from sparsekv.evaluation.comparison.results import SCORE
+from sparsekv.evaluation.comparison.results import CONTEXT, SCORE
 from sparsekv.version import commit, versions
 
 PACKAGES = ("torch", "transformers", "kvpress")
@@ -27,10 +27,11 @@ def predicted_rows(benchmark: Benchmark, records: Sequence[Mapping[str, Any]], r
 
 
 def predictions_csv(benchmark: Benchmark, rows: Sequence[Mapping[str, Any]]) -> str:
-    """predictions.csv: every column but the context, and one `score:<metric>` for each metric."""
+    """predictions.csv: every column, of the context its number, and one `score:<metric>` for each metric."""
     dropped = {"context", "nll", "kl"}
     table = [
         {name: value for name, value in row.items() if name not in dropped}
+        | {CONTEXT: benchmark.contexts[row["row"]]}
         | {f"{SCORE}{metric}": score for metric, score in benchmark.score(row).items()}
         for row in rows
     ]
