@@ -252,6 +252,8 @@ def test_compare_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
         compare([str(base), str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="names no folder before or after a comma"):
         compare([str(base), f"{base},"])
+    with pytest.raises(UserError, match=f"^compare: {base} stands for two runs; give each its own folder$"):
+        compare([str(elsewhere), str(base), f"{tmp_path}/else/../base"])
     with pytest.raises(UserError, match="the first has an adapter and the last none; base first"):
         compare([str(write_run(tmp_path / "run", {"qa": [1, 2]}, {"qa": [1, 2]}, adapter="a")), str(base)])
 
@@ -423,8 +425,9 @@ def test_trainings_that_do_not_belong_together(tmp_path: Path) -> None:
     first, second, third = trained.split(",")
     with pytest.raises(UserError, match=rf"trained: {first} and {first} hold the same weights"):
         compare([base, ",".join([first, second, first])])
-    with pytest.raises(UserError, match=rf"^trained: {first} has an adapter and {base} has none; only trainings of"):
-        compare([base, ",".join([base, first])])
+    plain = write_seeds(tmp_path / "plain", "base", scores[:1], adapter=False)
+    with pytest.raises(UserError, match=rf"^trained: {first} has an adapter and {plain} has none; only trainings of"):
+        compare([base, ",".join([plain, first])])
     write_cell(Path(third), "knorm", 0.5, {"vt": [1], "qa": [1]}, adapter="trained-2", adapter_fingerprint="trained-2")
     with pytest.raises(UserError, match=rf"knorm 0.5 has scores in {third}, but not in {first}"):
         compare([base, trained])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -109,6 +110,9 @@ def compare(folders: Sequence[str], output: str | None = None) -> None:
     require(len(folders) in (2, 3), f"compare: {len(folders)} folders given; it takes base [control] trained")
     for role in folders:
         require(all(role.split(",")), f"compare {role!r}: names no folder before or after a comma")
+    named = [{Path(folder).resolve() for folder in role.split(",")} for role in folders]
+    twice = next((one & other for one, other in itertools.combinations(named, 2) if one & other), set())
+    require(not twice, f"compare: {', '.join(map(str, sorted(twice)))} stands for two runs; give each its own folder")
     if output is not None:
         check_writable(Path(output), "--output")
     *others, trained = [[load_results(folder) for folder in role.split(",")] for role in folders]
