@@ -86,7 +86,7 @@ LAYERS = [  # a file imports from lower layers, from its own, and never from a h
     {"training", "evaluation", "analysis", "inference"},
     {"report", "cluster"},
     {"demo"},
-    {"cli", "commands", "__init__"},
+    {"cli", "option_files", "parser_messages", "commands", "__init__"},
 ]
 PEERS = {"training", "evaluation", "analysis", "inference"}  # none of them imports another
 EVALUATION = {"benchmarks", "engine", "comparison"}  # none of them imports another, nor what stands on them
