@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import constants
 from kvpress import KnormPress, KVPressTextGenerationPipeline, SnapKVPress
-from tiny import SHAPE, make_tiny, make_tiny_tokenizer
+from tiny import SHAPE, make_sharp, make_tiny, make_tiny_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
 from sparsekv.errors import UserError
@@ -168,6 +168,22 @@ def test_draws_do_not_depend_on_the_batch(model, tokenizer):
     assert len({together[0, FULL_CACHE, generation] for generation in range(3)}) == 3
     other = Sampling(temperature=1.0, top_p=0.95, top_k=50, num_generations=3, seed=2)
     assert texts_of(Engine(model, tokenizer, 2**30, other), works_of(tokenizer, cells)) != together
+
+
+@pytest.mark.parametrize(
+    "press", ["decoding_random:compression_interval=2", "cam_knorm:target_size=20:compression_interval=2"]
+)
+def test_presses_that_draw_while_decoding_do_so_by_the_seed_and_the_row(tokenizer, press):
+    model = make_sharp("llama")
+
+    def answers(works, seed=0):
+        return texts_of(Engine(model, tokenizer, sampling=Sampling(seed=seed)), works)
+
+    works = works_of(tokenizer, (Cell(press, 0.8),))
+    found = answers(works)
+    assert found == answers(works) == answers(works[::-1])
+    assert found == {key: text for work in works for key, text in answers([work]).items()}
+    assert any(answers(works, seed) != found for seed in range(1, 4)), "merging shows in few answers"
 
 
 # ---- likelihood ----

@@ -53,7 +53,11 @@ class Sampler:
         chosen = (reached <= draws * reached[:, -1:]).sum(-1, keepdim=True).clamp(max=reached.shape[1] - 1)
         return order.gather(-1, chosen)[:, 0].tolist()
 
+    def seed(self, *of: int) -> int:
+        """Of a generator, from the run's seed and these numbers alone: the row's seed, and a step where it has one."""
+        key = hashlib.sha256(" ".join(map(str, (self.sampling.seed, *of))).encode()).digest()
+        return int.from_bytes(key[:7], "little")
+
     def _uniform(self, seed: int, step: int) -> Tensor:
-        """In [0, 1), from the run's seed, the row's and the step alone."""
-        key = hashlib.sha256(f"{self.sampling.seed} {seed} {step}".encode()).digest()
-        return torch.rand((), generator=torch.Generator().manual_seed(int.from_bytes(key[:7], "little")))
+        """In [0, 1)."""
+        return torch.rand((), generator=torch.Generator().manual_seed(self.seed(seed, step)))

@@ -74,7 +74,7 @@ def generate_with_press(
     position = torch.arange(context_length, context_length + ids.shape[1])[None]
     devices = [model.device] if model.device.type == "cuda" else []
     with press(model), torch.random.fork_rng(devices):
-        torch.manual_seed(seeds[0])  # of presses that draw at random
+        torch.manual_seed(sampler.seed(seeds[0]))  # of presses that draw at random
         for step in range(max_new_tokens):
             logits = model(
                 input_ids=ids.to(model.device),
