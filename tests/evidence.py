@@ -41,6 +41,11 @@ def make_evidence(root: Path) -> Path:
     return root
 
 
+def relative_attention(view: View) -> np.ndarray:
+    """Received attention as a multiple of what uniform attention would give: [layers, G, C]."""
+    return np.exp2((view.received.astype(np.float64) - 128) / 16)
+
+
 def make_view(seed: int, adapter: str) -> View:
     """A context of `TOKENS` with random kept entries: head 0 of layer 0 keeps everything."""
     draw, shape = np.random.default_rng(seed), (LAYERS, HEADS, len(TOKENS))

@@ -131,14 +131,14 @@ def test_viewer_tells_the_attention_that_a_token_receives(page):
     view, place = evidence.make_view(0, ""), evidence.TOKENS.index(evidence.NEEDLE)
     choose(page, run="base", press="knorm", ratio=0.5, layer=1, head=1)
     ActionChains(page).move_to_element(page.find_elements(By.CSS_SELECTOR, TOKENS)[place]).perform()
-    relative = view.relative_attention()[1, 1, place]
+    relative = evidence.relative_attention(view)[1, 1, place]
     kept = view.cells[1].kept[1, 1, place]
     tip = part(page, "tip").text
     assert f"position {place} · content" in tip
     assert float(tip.partition("received: ")[2].split()[0]) == pytest.approx(relative, rel=0.01)
     assert ("kept" if kept else "evicted") in tip
     choose(page, colour="received")
-    brightness = np.clip(np.log2(view.relative_attention()[1, 1]) / 5, 0, 1)
+    brightness = np.clip(np.log2(evidence.relative_attention(view)[1, 1]) / 5, 0, 1)
     shown = [next(int(name[1:]) for name in each if name[0] == "l") for each in classes(page)]
     assert np.abs(np.array(shown) / 10 - brightness)[(brightness > 0.05) & (brightness < 0.95)].max() < 0.051
     assert all(level == 0 for level, share in zip(shown, brightness, strict=True) if share == 0)

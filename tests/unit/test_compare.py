@@ -9,9 +9,10 @@ import pytest
 
 from sparsekv.errors import UserError
 from sparsekv.evaluation.comparison import statistics, tables
-from sparsekv.evaluation.comparison.compare import compare, summarize, write_summary
+from sparsekv.evaluation.comparison.compare import analyze, compare, write_summary
 from sparsekv.evaluation.comparison.levels import ALL_TASKS, largest_family, levels
-from sparsekv.evaluation.comparison.results import BOUND_COLUMNS, load_results
+from sparsekv.evaluation.comparison.results import BOUND_COLUMNS, Results, load_results
+from sparsekv.evaluation.comparison.roles import comparisons
 from tests.cells import write_cell
 
 TEXT = {"data": ("perplexity", None), "metrics": ("nll", "kl")}
@@ -22,6 +23,13 @@ def write_run(out: Path, full: dict, evicted: dict, **options) -> Path:
     write_cell(out, "no_press", 0.0, full, **options)
     write_cell(out, "snapkv", 0.5, evicted, **options)
     return out
+
+
+def summarize(results: Results, base: Results | None = None, control: Results | None = None) -> pd.DataFrame:
+    """The summary of each run of the results, compared with its base and control."""
+    references = {role: [other] for role, other in (("base", base), ("control", control)) if other is not None}
+    analyses = [analyze(runs) for runs in comparisons([results], references)]
+    return pd.concat([each.summary[each.summary.run == each.role] for each in analyses], ignore_index=True)
 
 
 def row(summary: pd.DataFrame, press: str = "snapkv", task: str = ALL_TASKS, **where: object) -> pd.Series:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from evidence import relative_attention
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
@@ -108,7 +109,7 @@ def test_view_shows_the_attention_received(made):
     uniform = torch.ones(length, length).tril() / torch.arange(1, length + 1)[:, None]
     for layer, attention in enumerate(layers):
         relative = (attention[0].sum(1) / uniform.sum(0)).view(2, 2, length).mean(1).numpy()
-        assert np.abs(np.log2(view.relative_attention()[layer] / relative)).max() <= 1 / 32 + 1e-4
+        assert np.abs(np.log2(relative_attention(view)[layer] / relative)).max() <= 1 / 32 + 1e-4
 
 
 # ---- when it is made ----

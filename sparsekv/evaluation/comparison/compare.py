@@ -35,7 +35,14 @@ LAST_COLUMNS = ["headline", "lower_is_better", "seeds", "seed", "commit", "reaso
 class Analysis(NamedTuple):
     """Figures of up to three runs.
 
-    summary : one row a run, cell, task and metric.
+    summary : one row a run, cell, task and metric, and one for the average over the tasks of each benchmark.
+        run, model, adapter, benchmark, data_dir, task (`ALL_TASKS` for the average), metric, press, compression_ratio,
+        n (rows), score, ci_low, ci_high, retention, retention_low, retention_high (1 = nothing lost), bound (the score
+        that copying gives a press that goes by position alone); with base, and the same with control, diff_base (score
+        less base's), diff_base_low, diff_base_high, p_base (sign flips, Holm over the cells of the run),
+        diff_base_min, diff_base_max (of single trainings), verdict_base (better, worse, no difference); headline
+        (whether the metric is the benchmark's first), lower_is_better, seeds (trainings), seed (of the evaluation),
+        commit; reason: why the cell has no score. NaN where undefined.
     headline : one row a run, benchmark, task and metric.
     role : the last run's, which is compared with the others.
     flips : sign flips behind each p-value.
@@ -45,36 +52,6 @@ class Analysis(NamedTuple):
     headline: pd.DataFrame
     role: str
     flips: int
-
-
-def summarize(results: Results, base: Results | None = None, control: Results | None = None) -> pd.DataFrame:
-    """One row a cell, task and metric, and one for the average over the tasks of each benchmark.
-
-    Parameters
-    ----------
-    results : Results
-        Of any number of runs (model, adapter).
-    base, control : Results, optional
-        What to compare each run with: the run of the same model there, or the only one.
-
-    Returns
-    -------
-    DataFrame
-        model, adapter, benchmark, data_dir, task (`ALL_TASKS` for the average), metric, press, compression_ratio, n
-        (rows), score, ci_low, ci_high, retention, retention_low, retention_high (1 = nothing lost), bound (the score
-        that copying gives a press that goes by position alone); with base, and the same with control, diff_base (score
-        less base's), diff_base_low, diff_base_high, p_base (sign flips, Holm over the cells of the run),
-        diff_base_min, diff_base_max (of single trainings), verdict_base (better, worse, no difference); headline
-        (whether the metric is the benchmark's first), lower_is_better, seeds (trainings), seed (of the evaluation),
-        commit; reason: why the cell has no score. NaN where undefined.
-
-    Raises
-    ------
-    UserError
-        Base or control hold other rows than the results, or several runs of which none is meant.
-    """
-    references = {role: [other] for role, other in (("base", base), ("control", control)) if other is not None}
-    return _of_last_role([analyze(runs) for runs in comparisons([results], references)])
 
 
 def write_summary(folder: str | Path) -> None:

@@ -89,13 +89,9 @@ class View:
     cells: list[KeptEntries]
     not_shown: list[NotShown]
 
-    def relative_attention(self) -> NDArray[np.float64]:
-        """Received attention as a multiple of what uniform attention would give: [layers, G, C], steps of 4%."""
-        return np.exp2((self.received.astype(np.float64) - 128) / 16)
-
 
 def encode_received(relative: NDArray[np.floating]) -> Bytes:
-    """A multiple of uniform attention in a byte: 128 + 16 · log2, so 1 is 128, and 2⁻⁸ … 2⁸ fit."""
+    """A multiple of uniform attention in a byte: 128 + 16 · log2, so 1 is 128, 2⁻⁸ … 2⁸ fit, in steps of 4%."""
     with np.errstate(divide="ignore"):
         return np.clip(np.round(128 + 16 * np.log2(relative)), 0, 255).astype(np.uint8)
 
