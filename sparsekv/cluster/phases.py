@@ -1,6 +1,5 @@
 """The phases of one model: which job does each, with which arguments, after which others."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from sparsekv.cluster.pipeline import Model, Pipeline, Resources
 from sparsekv.cluster.schema import from_options
 from sparsekv.errors import UserError, require
 from sparsekv.evaluation.matrix.config import EvalConfig
+from sparsekv.fingerprint import fingerprint_of
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.record import FINAL
 
@@ -73,7 +73,7 @@ class Phase:
     def fingerprint(self) -> str:
         """Of all that its configuration says: a queued job is this phase's only if it was submitted with the same."""
         decisive = {name: value for name, value in asdict(self.config).items() if name != "resume"}
-        return hashlib.sha256(json.dumps([self.name, decisive], sort_keys=True).encode()).hexdigest()[:16]
+        return fingerprint_of([self.name, decisive])[:16]
 
 
 def make_phases(pipeline: Pipeline, key: str) -> dict[str, Phase]:
