@@ -141,8 +141,9 @@ def merge_adapter(model_name: str, adapter: str | Path, output_dir: str | Path) 
 
 def adapter_settings(adapter: str | Path, flag: str = "--adapter") -> dict[str, Any]:
     """What adapter_config.json says; raise UserError unless it is of an adapter that merges, with weights beside it."""
+    hint = "; give its final/" if (Path(adapter) / "final" / ADAPTER_CONFIG).is_file() else ""
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        require((Path(adapter) / file).is_file(), f"{flag} {adapter}: this folder holds no adapter (no {file})")
+        require((Path(adapter) / file).is_file(), f"{flag} {adapter}: this folder holds no adapter (no {file}){hint}")
     try:
         config = json.loads((Path(adapter) / ADAPTER_CONFIG).read_bytes())
     except (OSError, ValueError) as error:

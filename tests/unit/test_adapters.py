@@ -208,6 +208,12 @@ def test_folder_that_is_no_adapter(base, tiny_llama):
         load_adapter(tiny_llama(), base)
 
 
+def test_the_folder_of_a_run_is_told_where_its_adapter_is(base, adapter, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copytree(adapter, tmp_path / "run" / "final")
+    assert "this folder holds no adapter (no adapter_config.json); give its final/" in refusal(base, tmp_path / "run")
+
+
 def test_generation_settings_that_cannot_be_saved(base, adapter, tmp_path):
     """transformers loads such a model with a warning, and raises when it is saved."""
     shutil.copytree(base, tmp_path / "model")
