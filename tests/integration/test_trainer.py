@@ -377,7 +377,8 @@ def test_perplexity_is_that_of_the_suffix(tmp_path, tiny_tokenizer):
     trainer = make_trainer(tmp_path, tiny_tokenizer, mixture(), dropout=0.3, per_device_eval_batch_size=2)
     trainer.eval_dataset = data
     metrics = trainer.evaluate()
-    ids, cut = torch.tensor(data["input_ids"]), round(LENGTH * (trainer.config.min_cut + trainer.config.max_cut) / 2)
+    ids = torch.tensor(data["input_ids"])
+    cut = math.floor(LENGTH * (trainer.config.min_cut + trainer.config.max_cut) / 2)
     model = trainer.model.eval()
     with torch.no_grad():
         full = model(ids).logits
