@@ -194,7 +194,7 @@ def test_no_such_folder(tmp_path):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "compare.md").write_text("")
-    with pytest.raises(UserError, match=r"compare\.md: no such folder"):
+    with pytest.raises(UserError, match=r"compare\.md: is a file; name folders"):
         collect([tmp_path / "compare.md"])
 
 
