@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sparsekv.errors import UserError, gist, named_gist, require
-from sparsekv.files import RUN_CONFIG, check_new, new_folder
+from sparsekv.files import FINAL, RUN_CONFIG, check_new, new_folder
 from sparsekv.models import (
     ADAPTER_CONFIG,
     as_typed,
@@ -141,7 +141,7 @@ def merge_adapter(model_name: str, adapter: str | Path, output_dir: str | Path) 
 
 def adapter_settings(adapter: str | Path, flag: str = "--adapter") -> dict[str, Any]:
     """What adapter_config.json says; raise UserError unless it is of an adapter that merges, with weights beside it."""
-    hint = "; give its final/" if (Path(adapter) / "final" / ADAPTER_CONFIG).is_file() else ""
+    hint = f"; give its {FINAL}/" if (Path(adapter) / FINAL / ADAPTER_CONFIG).is_file() else ""
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         require((Path(adapter) / file).is_file(), f"{flag} {adapter}: this folder holds no adapter (no {file}){hint}")
     try:

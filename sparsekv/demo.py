@@ -21,10 +21,10 @@ from sparsekv.errors import UserError
 from sparsekv.evaluation.comparison.compare import ROLES, compare
 from sparsekv.evaluation.matrix.config import EvalConfig, RunConfig
 from sparsekv.evaluation.matrix.run import evaluate
+from sparsekv.files import FINAL
 from sparsekv.report.config import ReportConfig
 from sparsekv.report.run import report
 from sparsekv.training.config import TrainConfig
-from sparsekv.training.record import FINAL
 from sparsekv.training.run import train
 
 PRESSES = ("snapkv", "streaming_llm", "knorm", "keydiff")

@@ -19,6 +19,7 @@ from sparsekv.errors import UserError, require
 
 logger = logging.getLogger(__name__)
 
+FINAL = "final"  # the folder of a finished training, in that of the run
 RUN_CONFIG = "eit_config.json"  # the record of a training, in its folder and beside its adapter
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")  # files that training text is read from
 

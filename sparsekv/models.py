@@ -3,6 +3,7 @@
 Whatever cannot be loaded ends in one line that names the flag; weights are read from safetensors only.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,8 +144,9 @@ def load_model(
 
 def _name_head_dim(config: Any) -> None:
     """kvpress's critical presses read it; Qwen2 and Phi-3 leave it out, as it follows from the other two."""
-    if getattr(config, "head_dim", None) is None and hasattr(config, "num_attention_heads"):
-        config.head_dim = config.hidden_size // config.num_attention_heads
+    width, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
+    if getattr(config, "head_dim", None) is None and isinstance(width, int) and isinstance(heads, int):
+        config.head_dim = width // heads
 
 
 def other_layers(config: PreTrainedConfig) -> set[str]:
@@ -154,8 +156,14 @@ def other_layers(config: PreTrainedConfig) -> set[str]:
         return {*layer_types} - {"full_attention"}
     window = getattr(config, "sliding_window", None)
     used = getattr(config, "use_sliding_window", True)
-    slides = used and window is not None and window < config.max_position_embeddings
+    slides = used and window is not None and window < getattr(config, "max_position_embeddings", math.inf)
     return {"sliding_attention"} if slides else set()
+
+
+def logit_changes(config: PreTrainedConfig) -> list[str]:
+    """Settings by which a text model scales or caps its logits after the head; empty where they are its output."""
+    names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+    return [name for name in names if getattr(config, name, None) not in (None, 1, 1.0)]
 
 
 def model_fingerprint(name: str, config: PreTrainedConfig) -> str:

@@ -11,9 +11,9 @@ from sparsekv.cluster.cells import CellState, find_cells
 from sparsekv.cluster.phases import Phase
 from sparsekv.errors import UserError
 from sparsekv.evaluation.matrix.config import EvalConfig
-from sparsekv.files import RUN_CONFIG
+from sparsekv.files import FINAL, RUN_CONFIG
 from sparsekv.training.config import TrainConfig
-from sparsekv.training.record import FINAL, changed_steps
+from sparsekv.training.record import changed_steps
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from sparsekv.cluster.pipeline import Model, Pipeline, Resources
 from sparsekv.cluster.schema import from_options
 from sparsekv.errors import UserError, require
 from sparsekv.evaluation.matrix.config import EvalConfig
+from sparsekv.files import FINAL
 from sparsekv.fingerprint import fingerprint_of
 from sparsekv.training.config import TrainConfig
-from sparsekv.training.record import FINAL
 
 COMMANDS = {"analyze": "analyze", "baseline": "eval", "control": "train", "train": "train", "trained": "eval"}
 NUMBERS = {"analyze": 0, "baseline": 1, "control": 2, "train": 2, "trained": 3}

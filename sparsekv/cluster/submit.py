@@ -16,10 +16,9 @@ from sparsekv.cluster.pipeline import Pipeline, load_pipeline
 from sparsekv.cluster.plan import Step, check_scripts, make_plan, predecessors
 from sparsekv.cluster.site import Site, load_site
 from sparsekv.errors import UserError, require
-from sparsekv.files import TEXT_SUFFIXES
+from sparsekv.files import FINAL, TEXT_SUFFIXES
 from sparsekv.signals import StopSignal
 from sparsekv.training.config import TrainConfig
-from sparsekv.training.record import FINAL
 
 
 def submit(config: SubmitConfig) -> int:

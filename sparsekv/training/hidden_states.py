@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparsekv.errors import UserError
+from sparsekv.errors import require
+from sparsekv.models import logit_changes
 
 
 def run_with_loss(
@@ -66,7 +67,5 @@ def _forward_inputs(inputs: dict[str, Tensor]) -> dict[str, Any]:
 def require_plain_head(model: PreTrainedModel) -> None:
     """Some models scale or cap their logits after the head; the chunked loss would miss that."""
     config = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        value = getattr(config, name, None)
-        if value not in (None, 1, 1.0):
-            raise UserError(f"--model {model.name_or_path}: its {name} = {value} is not supported in training")
+    changes = ", ".join(f"{name} = {getattr(config, name)}" for name in logit_changes(config))
+    require(not changes, f"--model {model.name_or_path}: its {changes} is not supported in training")

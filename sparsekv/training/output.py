@@ -13,14 +13,14 @@ from accelerate.utils.constants import FSDP_MODEL_NAME
 from transformers import PreTrainedConfig
 
 from sparsekv.errors import UserError, require
-from sparsekv.files import RUN_CONFIG, check_writable, held, readable, write_json, write_text, writing
+from sparsekv.files import FINAL, RUN_CONFIG, check_writable, held, readable, write_json, write_text, writing
 from sparsekv.fingerprint import fingerprint
 from sparsekv.models import model_fingerprint
 from sparsekv.training.checkpoints import newest_checkpoint
 from sparsekv.training.config import TrainConfig
 from sparsekv.training.eit_trainer import SCHEDULER_STATE, STAGING, EITTrainer
 from sparsekv.training.model_card import model_card
-from sparsekv.training.record import FINAL, changed_steps, rows_of_a_step
+from sparsekv.training.record import changed_steps, rows_of_a_step
 from sparsekv.version import commit, versions
 
 

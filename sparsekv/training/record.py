@@ -5,7 +5,6 @@ from typing import Any
 
 from sparsekv.training.config import TrainConfig
 
-FINAL = "final"
 BEFORE = {"lambda_ce_context": 0.0}  # what runs did before an option existed, where that is not its default
 MAY_CHANGE_ON_RESUME = {"resume", "save_steps", "logging_steps", "report_to", "output_dir", "device_map", "compile"}
 

@@ -19,6 +19,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from sparsekv.data import build_datasets, parse_sources
 from sparsekv.errors import UserError, gist, require
+from sparsekv.files import FINAL
 from sparsekv.models import PLACEMENTS, check_ids, load_model, load_tokenizer, may_make_unknown_ids
 from sparsekv.observe import observing
 from sparsekv.presses import why_not
@@ -45,7 +46,7 @@ from sparsekv.training.output import (
 )
 from sparsekv.training.peers import others_alive
 from sparsekv.training.plan import EvictionPlan
-from sparsekv.training.record import FINAL, rows_of_a_step
+from sparsekv.training.record import rows_of_a_step
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,11 @@ from tiny import make_tiny
 from transformers import DynamicCache
 
 from sparsekv.errors import UserError
-from sparsekv.presses import PRESSES, is_decoding, make_press
+from sparsekv.presses import PRESSES, make_press
 from sparsekv.training.anchor import AnchorConfig, AnchorSelector
 from sparsekv.training.choices import (
     OWN_RULES,
     PRESS_RULES,
-    PRESSES_WITHOUT_RULE,
     SMOOTH_RULES,
     STATIC_RULES,
     check_rules,
@@ -271,7 +270,7 @@ def test_unknown_rules_are_refused_by_name(selector):
     check_rules(RULES, "global")
 
 
-@pytest.mark.parametrize("name", ["kvzip", "decoding_snapkv", "no_press"])
+@pytest.mark.parametrize("name", sorted(PRESSES.keys() - set(RULES)))
 def test_a_press_without_a_rule_is_called_one(name):
     with pytest.raises(UserError, match=f"^--rules names '{name}', a press that training does not offer; take adakv_"):
         check_rules([name], "two_region")
@@ -280,12 +279,6 @@ def test_a_press_without_a_rule_is_called_one(name):
 def test_what_is_like_no_rule_gets_all_of_them():
     with pytest.raises(UserError, match=f"^--rules names 'zzz'; the rules are {', '.join(sorted(RULES))}$"):
         check_rules(["zzz"], "two_region")
-
-
-def test_presses_without_a_rule():
-    """Every press is a rule, or known as none."""
-    named = {name for name in PRESSES if not is_decoding(name)}
-    assert named - set(RULES) == set(PRESSES_WITHOUT_RULE)
 
 
 def test_streaming_refuses_rules_that_look_ahead():

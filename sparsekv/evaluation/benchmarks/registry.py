@@ -20,7 +20,7 @@ from sparsekv.evaluation.benchmarks.scoring import by_column, string_match
 from sparsekv.sources import PYDOC
 
 CONTEXT_LENGTH = 4096  # where a benchmark of any length is asked for without one
-OF_ANY_LENGTH = ("ruler-local", "perplexity", "needle_in_haystack")
+OF_ANY_LENGTH = ("ruler-local", "perplexity", "needle_in_haystack")  # rows are made to it
 LOCAL_SAMPLES = 20  # of each task of ruler-local
 
 

@@ -5,10 +5,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from sparsekv.errors import require
-from sparsekv.models import other_layers
+from sparsekv.models import logit_changes, other_layers
 
 MOVING_ROPE = ("dynamic", "longrope")
-LOGIT_CHANGES = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
 
 def check_model(config: PreTrainedConfig, name: str) -> None:
@@ -36,6 +35,5 @@ def check_model(config: PreTrainedConfig, name: str) -> None:
 
 def check_plain_logits(config: PreTrainedConfig, name: str) -> None:
     """Raise UserError for a model whose logits are not its head's output: a likelihood would be another's."""
-    changed = [change for change in LOGIT_CHANGES if getattr(config, change, None) not in (None, 1, 1.0)]
-    names = ", ".join(changed)
-    require(not changed, f"--model {name}: its logits are changed by {names}, which a likelihood does not know")
+    changes = ", ".join(logit_changes(config))
+    require(not changes, f"--model {name}: its logits are changed by {changes}, which a likelihood does not know")
