@@ -24,7 +24,7 @@ from sparsekv.training.record import rows_of_a_step
 VERDICTS = {None: "not measured", True: "met", False: "**missed**"}
 SEEDS = "{0}-0,{0}-1,{0}-2"
 # Recipe → commit of its configuration.
-NOT_TAKEN = {"more-kl": "c6fb021", "three-kl": "98fdbb8", "recall-teacher": "4594306"}
+NOT_TAKEN = {"more-kl": "c6fb021", "three-kl": "98fdbb8", "recall-teacher": "4594306", "two-parts": "aeb0f40"}
 COMMANDS = {  # experiment → what makes its compare.csv
     "headline": f"sparsekv compare out/eval/base {SEEDS.format('out/eval/control')} {SEEDS.format('out/eval/trained')} "
     "--output results/headline",
