@@ -1,6 +1,5 @@
 """What each command is: a line about it, the schema of its options, and what it runs. Imports come with the call."""
 
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -39,13 +38,14 @@ class MergeConfig:
 
 
 def train(values: Values) -> int:
+    from sparsekv.progress import speaks
     from sparsekv.training.config import TrainConfig
     from sparsekv.training.run import train
 
     final = train(TrainConfig(**values))
     if final is None:
         return _stopped(STOPPED, "the same command with --resume continues from the checkpoint just written")
-    if int(os.environ.get("RANK", 0)) == 0:
+    if speaks():
         print(final)
     return 0
 

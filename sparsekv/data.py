@@ -13,6 +13,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from sparsekv.errors import UserError, require
+from sparsekv.progress import CountProgress
 from sparsekv.recall import recall_rows
 from sparsekv.sources import PYDOC, documents, is_path
 
@@ -170,7 +171,7 @@ class _Loader:
                 f"{self.seed}-{held_out}",
                 accept=_on_side(held_out),
             )
-            rows.append(np.array(list(drawn), dtype=np.int32).reshape(count, self.max_seq_len))
+            rows.append(np.array(list(_counted(drawn, count)), dtype=np.int32).reshape(count, self.max_seq_len))
         return rows[0], rows[1]
 
     def _split(self, name: str, need: dict[bool, int]) -> Sides:
@@ -184,7 +185,8 @@ class _Loader:
             texts: Iterable[str] = documents(name, self.seed, self.data_subset)
             if as_passages:
                 texts = _passages(texts, 2 * self.max_seq_len)
-            sides = self._tokenize(texts, need, share)
+            with CountProgress(f"tokens of {name}", sum(need.values())) as progress:
+                sides = self._tokenize(texts, need, share, progress)
             if all(sum(map(len, sides[side])) >= enough[side] for side in enough):
                 if as_passages:
                     logger.warning(
@@ -198,7 +200,9 @@ class _Loader:
             "give more text, text that repeats itself less, or shorter rows"
         )
 
-    def _tokenize(self, documents: Iterable[str], need: dict[bool, int], share: float) -> Sides:
+    def _tokenize(
+        self, documents: Iterable[str], need: dict[bool, int], share: float, progress: CountProgress
+    ) -> Sides:
         """Tokenize documents until both sides have what they need; later documents are not even read."""
         sides: Sides = {False: [], True: []}
         have = {False: 0, True: 0}
@@ -207,6 +211,7 @@ class _Loader:
             encoded = self.tokenizer([text for _, text, _ in batch], add_special_tokens=False, verbose=False)
             for (side, _, ends), ids in zip(batch, encoded["input_ids"], strict=True):
                 sides[side].append(np.array([*ids, self.tokenizer.eos_token_id] if ends else ids, dtype=np.int32))
+                progress.advance(min(len(sides[side][-1]), max(need[side] - have[side], 0)))
                 have[side] += len(sides[side][-1])
             batch.clear()
 
@@ -222,6 +227,14 @@ class _Loader:
         if batch:
             flush()
         return sides
+
+
+def _counted(rows: Iterator[list[int]], total: int) -> Iterator[list[int]]:
+    """The recall rows as they are drawn: some ten thousand long ones take minutes."""
+    with CountProgress("recall rows", total) as progress:
+        for row in rows:
+            yield row
+            progress.advance(1)
 
 
 def _share_out(total: int, weights: Sequence[float]) -> list[int]:

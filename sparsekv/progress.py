@@ -1,6 +1,7 @@
 """How far a long run is: a bar on a terminal, a line now and then in a log."""
 
 import logging
+import os
 import time
 
 from rich.console import Console
@@ -11,8 +12,13 @@ logger = logging.getLogger(__name__)
 EVERY = 60.0  # seconds between lines
 
 
+def speaks() -> bool:
+    """Whether this process is alone, or the one that speaks for all that a launcher has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class CountProgress:
-    """Counts what is done; a context manager.
+    """Counts what is done; a context manager. Of several processes of a launcher one shows it.
 
     Parameters
     ----------
@@ -27,7 +33,7 @@ class CountProgress:
         self._started = self._said = time.monotonic()
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._bar = Progress(*columns, console=console, disable=not (console.is_terminal and speaks()))
         self._task = self._bar.add_task(what, total=total)
 
     def __enter__(self) -> "CountProgress":
@@ -42,7 +48,7 @@ class CountProgress:
         self._done += count
         self._bar.update(self._task, completed=self._done)
         now = time.monotonic()
-        if self._bar.disable and self._done and now - self._said >= EVERY:
+        if self._bar.disable and speaks() and self._done and now - self._said >= EVERY:
             self._said = now
             left = (now - self._started) / self._done * (self._total - self._done)
             logger.info("%d of %d %s, %.0f minutes left", self._done, self._total, self._what, left / 60)

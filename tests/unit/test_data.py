@@ -236,6 +236,22 @@ def test_recall_gets_facts_and_text_of_its_own_side(folder, tokenizer, monkeypat
     assert calls[0][1] != calls[1][1]
 
 
+def test_a_long_reading_says_how_far_it_is_in_one_process_of_a_launcher(folder, tokenizer, monkeypatch, caplog):
+    def said() -> list[str]:
+        caplog.clear()
+        with caplog.at_level("INFO", logger="sparsekv"):
+            build_datasets({str(folder): 0.5, "recall": 0.5}, tokenizer, 512, 4, 2, 0)
+        return [message.partition(",")[0] for message in caplog.messages if "minutes left" in message]
+
+    monkeypatch.setattr("sparsekv.progress.EVERY", 0)
+    lines = said()
+    drawn = [line for line in lines if "recall" in line]
+    assert drawn == ["1 of 2 recall rows", "2 of 2 recall rows", "1 of 1 recall rows"]
+    assert f"{3 * 512} of {3 * 512} tokens of {folder}" in lines
+    monkeypatch.setenv("RANK", "1")
+    assert said() == []
+
+
 def test_recall_alone_takes_its_text_from_pydoc(tokenizer):
     train, validation, _ = build_datasets("recall", tokenizer, 1024, 2, 1, 0)
     assert (len(train), len(validation)) == (2, 1)

@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import os
 import resource
 import sys
 import time
@@ -27,7 +26,7 @@ from sparsekv.evaluation.matrix.needles import write_needles
 from sparsekv.evaluation.matrix.view_maker import keep_view
 from sparsekv.files import writing
 from sparsekv.models import load_model
-from sparsekv.progress import CountProgress
+from sparsekv.progress import CountProgress, speaks
 from sparsekv.signals import StopSignal
 
 logger = logging.getLogger(__name__)
@@ -110,7 +109,7 @@ def _summarize(out: Path) -> None:
 
 def _say_state(runs: Sequence[Run]) -> None:
     """What is done and what is not: once, not by every process of a launcher."""
-    if os.environ.get("RANK", "0") != "0":
+    if not speaks():
         return
     for run in runs:
         for job in run.jobs:
