@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparsekv.attention import combine_masks, repeat_heads
 from sparsekv.attention_interface import attending_by
-from sparsekv.errors import UserError
+from sparsekv.errors import UserError, require
 from sparsekv.training.anchor import AnchorSelector
 from sparsekv.training.eviction import ForwardEviction, begin_forward, slides
 from sparsekv.training.plan import EvictionPlan
@@ -238,11 +238,18 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 
 def attention_modules(decoder: nn.Module) -> list[nn.Module]:
-    """The decoder's attention layers: modules that know their `layer_idx` and are called Attention."""
+    """The decoder's attention layers: modules that know their `layer_idx` and `config` and are called Attention.
+
+    Raises
+    ------
+    UserError
+        If there are none, as in Bloom.
+    """
     if decoder not in _attention_modules:  # a walk through all modules, at every step
-        found = [m for m in decoder.modules() if hasattr(m, "layer_idx") and "Attention" in type(m).__name__]
-        if not found:
-            raise ValueError(f"{type(decoder).__name__} has no attention layers with a layer_idx")
+        attending = [module for module in decoder.modules() if "Attention" in type(module).__name__]
+        found = [module for module in attending if hasattr(module, "layer_idx") and hasattr(module, "config")]
+        needed = "attention layers with a layer_idx and a config, which eviction needs"
+        require(bool(found), f"--model: {type(decoder).__name__} has no {needed}")
         _attention_modules[decoder] = found
     return _attention_modules[decoder]
 
@@ -261,9 +268,9 @@ def _rotary_visible(module: nn.Module, decoder: nn.Module) -> Iterator[None]:
     if rotary is None or own or "rotary_emb" in vars(module):  # there, for a context around this one
         yield
         return
-    if "layer_type" in inspect.signature(rotary.forward).parameters:  # Gemma3: one rotary embedding, two bases
-        config: Any = module.config
-        rotary = functools.partial(rotary, layer_type=config.layer_types[layer_of(module)])
+    layer_types = getattr(module.config, "layer_types", None)  # PhiMoE's embedding would take one, its layers have none
+    if layer_types and "layer_type" in inspect.signature(rotary.forward).parameters:  # Gemma3: two bases in one
+        rotary = functools.partial(rotary, layer_type=layer_types[layer_of(module)])
     object.__setattr__(module, "rotary_emb", rotary)
     try:
         yield

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from kvpress import AdaKVPress, KnormPress, LeverageScorePress
 from peft import LoraConfig, get_peft_model
-from tiny import make_tiny
-from transformers import DynamicCache
+from tiny import SHAPE, make_tiny
+from transformers import DynamicCache, PhimoeConfig, PhimoeForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, repeat_kv
 
 from sparsekv.errors import UserError
@@ -149,6 +149,17 @@ def test_what_kvpress_leaves_in_the_layers_changes_nothing(context_class, select
     left = [layer.self_attn.rotary_emb for layer in model.model.layers]
     assert torch.equal(logits(model, ids, context_class(model, plan, selector)), before)
     assert [layer.self_attn.rotary_emb for layer in model.model.layers] == left
+
+
+@BOTH
+def test_an_embedding_that_would_take_a_layer_type_of_a_model_without(context_class, selector, ids):
+    """PhiMoE's: its layers are all of one type, and its configuration names none."""
+    torch.manual_seed(0)
+    model = sharpened(PhimoeForCausalLM(PhimoeConfig(**SHAPE, num_local_experts=2))).eval()
+    plan = plan_for("expected_attention")
+    dense, evicted = (logits(model, ids, kind(model, plan, selector)) for kind in (SDPAKVDropout, context_class))
+    assert difference(evicted, dense) <= 1e-5
+    assert difference(evicted, logits(model, ids)) >= 1e-2
 
 
 @BOTH
@@ -562,7 +573,7 @@ def test_embeddings_without_tokens_are_refused(context_class, model, selector, i
 
 
 def test_a_model_without_attention_layers_is_refused(selector):
-    with pytest.raises(ValueError, match="no attention layers"):
+    with pytest.raises(UserError, match="no attention layers"):
         kv_dropout.attention_modules(torch.nn.Linear(2, 2))
 
 
