@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import torch
 from kvpress.utils import compute_n_kept
@@ -10,7 +12,7 @@ from kvpress.utils import compute_n_kept
 from sparsekv.anchors import AnchorConfig, AnchorSelector, real_tokens
 from sparsekv.errors import UserError
 
-__all__ = ["AnchorConfig", "AnchorSelector", "build_kv_mask_from_anchors", "kept_count"]
+__all__ = ["AnchorConfig", "AnchorSelector", "build_kv_mask_from_anchors", "kept_count", "overflow_unreported"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,17 @@ def _draw(
     if generator.shape != shape:
         raise ValueError(f"a draw of {tuple(generator.shape)} for rows, heads and tokens {shape}")
     return generator.to(device)
+
+
+@contextlib.contextmanager
+def overflow_unreported() -> Iterator[None]:
+    """Inside, anchors that exceed a budget are not warned of; the first time after it still is."""
+    global _overflow_reported
+    before, _overflow_reported = _overflow_reported, True
+    try:
+        yield
+    finally:
+        _overflow_reported = before
 
 
 def _report_overflow(num_real: list[int], num_anchors: list[int], budgets: list[int], keep_ratio: float) -> None:

@@ -23,6 +23,7 @@ from sparsekv.files import FINAL
 from sparsekv.models import PLACEMENTS, check_ids, load_model, load_tokenizer, may_make_unknown_ids
 from sparsekv.observe import observing
 from sparsekv.presses import why_not
+from sparsekv.training.anchor import overflow_unreported
 from sparsekv.training.callbacks import IntervalsCallback, MetricsCallback, StopCallback
 from sparsekv.training.choices import PRESS_RULES
 from sparsekv.training.compiled import compile_layers, compile_logit_sums
@@ -207,7 +208,8 @@ def _check_architecture(trainer: EITTrainer, config: TrainConfig, rows: Dataset)
         require(reason is None, f"--rules {reason}; give another rule")
         plan = EvictionPlan("two_region", (ids.shape[1] - 2,), (rule,), (0.5,))
         try:
-            with torch.no_grad(), KVDropoutContext(trainer.base, plan, trainer.selector) as eviction:
+            evicting_once = KVDropoutContext(trainer.base, plan, trainer.selector)
+            with torch.no_grad(), overflow_unreported(), evicting_once as eviction:  # the cuts to come are others
                 trainer.base.get_decoder()(input_ids=ids)
         except UserError:
             raise

@@ -10,11 +10,20 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import attend_as_ever, logits, make_tiny_tokenizer, run_options, save_tiny, train_config
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+)
 
 from sparsekv.adapters import merge_adapter
 from sparsekv.errors import UserError
-from sparsekv.training import run
+from sparsekv.training import anchor, run
 from sparsekv.training.config import default_rules
 from sparsekv.training.eviction import ForwardEviction
 from sparsekv.training.kv_dropout import KVDropoutContext
@@ -415,3 +424,35 @@ def test_an_architecture_that_cannot_evict_is_refused_before_anything_is_written
     with pytest.raises(UserError, match=r"--rules non_causal_attention: does not work with --model .*GPT2LMHeadModel"):
         train(train_config(options, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "target"),
+    [
+        (BloomForCausalLM(BloomConfig(vocab_size=320, hidden_size=64, n_layer=2, n_head=4)), "query_key_value"),
+        (GPTNeoForCausalLM(GPTNeoConfig(320, 64, 64, 2, [[["global"], 2]], 4, 128)), "q_proj"),
+    ],
+)
+def test_attention_layers_without_what_eviction_needs_are_refused_before_anything_is_written(
+    options, tmp_path, model, target
+):
+    """Those of Bloom have no configuration, those of GPT-Neo no layer_idx."""
+    model.save_pretrained(tmp_path / "base")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "base")
+    changes = {"model": str(tmp_path / "base"), "lora_targets": [target]}
+    with pytest.raises(UserError, match=r"^--model: (Bloom|GPTNeo)Model has no attention layers with a layer_idx and"):
+        train(train_config(options, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("ratio", "warned"), [(0.9, False), (0.6, True)])
+def test_anchors_are_counted_against_the_cuts_of_the_run(options, tmp_path, monkeypatch, caplog, ratio, warned):
+    """The row that an architecture is tried with keeps half, where 32 anchors are too many."""
+    monkeypatch.setattr(anchor, "_overflow_reported", False)
+    anchors = {"use_special": False, "use_punctuation": False, "sink_size": 2, "recent_size": 30}
+    changes = {"rules": {"anchor_random": 1.0}, "lambda_selection": 0.0, "max_steps": 1, "num_cuts": 1}
+    changes |= {"min_cut": 0.87, "scheduler_mode": "fixed", "initial_keep_ratio": 1.0, "ratio_draw": "ceiling"}
+    train(train_config(options, tmp_path / "out", anchors=anchors, min_keep_ratio=ratio, **changes))
+    reported = [record.getMessage() for record in caplog.records if "anchors alone exceed" in record.getMessage()]
+    assert len(reported) == warned
+    assert all(f"keep ratio {ratio} of 4" in line for line in reported)
