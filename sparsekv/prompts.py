@@ -85,4 +85,4 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Long[1, L]: the tokens of a text, and none besides."""
-    return tokenizer.encode(text, return_tensors="pt", add_special_tokens=False)
+    return tokenizer.encode(text, return_tensors="pt", add_special_tokens=False, verbose=False)

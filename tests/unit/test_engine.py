@@ -1,6 +1,7 @@
 """The engine gives every answer that kvpress's own pipeline gives, whatever it is batched with."""
 
 import itertools
+import logging
 import math
 from pydoc_data.topics import topics
 
@@ -340,6 +341,14 @@ def test_a_template_that_fails_is_one_line():
     tokenizer.chat_template = "{{ raise_exception('not like this') }}"
     with pytest.raises(UserError, match=r"^--chat_template true: .*not like this.*pass false$"):
         encode_prompt(tokenizer, "a", ["b"], "")
+
+
+def test_a_text_beyond_the_models_positions_is_no_warning_of_the_tokenizer(monkeypatch, caplog):
+    """Whether it fits is said elsewhere, in one line; contexts may still be cut."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    context, _ = encode_prompt(make_tiny_tokenizer(), "a " * 3000, ["b"], "")
+    assert context.shape[1] > make_tiny_tokenizer().model_max_length
+    assert "maximum sequence length" not in caplog.text
 
 
 def test_a_likelihood_needs_plain_logits(model, tokenizer, monkeypatch):

@@ -118,7 +118,7 @@ def locate(encoder: Encoder) -> Iterator[Located]:
         if not rare:
             continue
         text = encoder.context_text(number)
-        encoding = encoder.tokenizer(text, add_special_tokens=False)
+        encoding = encoder.tokenizer(text, add_special_tokens=False, verbose=False)
         ids = torch.tensor(encoding["input_ids"])[: encoder.suite.max_context_length]
         start = max(0, text.find(row["context"].strip()))
         places: dict[str, list[tuple[int, int]]] = {}
