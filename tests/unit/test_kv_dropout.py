@@ -163,6 +163,21 @@ def test_an_embedding_that_would_take_a_layer_type_of_a_model_without(context_cl
 
 
 @BOTH
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_rotary_frequencies_that_follow_the_length_stay_as_they_were(context_class, family, selector, ids):
+    """Expected attention asks for positions far beyond those of the row."""
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    model = sharpened(make_tiny(family, rope_parameters=dynamic, max_position_embeddings=128)).eval()
+    if family == "qwen3":  # so that its layers are asked for their queries
+        for layer in model.model.layers:
+            layer.self_attn.scaling *= 2
+    before = logits(model, ids)
+    evicted = logits(model, ids, context_class(model, plan_for("expected_attention"), selector))
+    assert difference(evicted, before) >= 1e-2
+    assert torch.equal(logits(model, ids), before)
+
+
+@BOTH
 def test_a_window_shorter_than_the_row_leaves_nothing_to_evict(context_class, selector, ids):
     model = make_tiny("mistral").eval()
     model.config.sliding_window = 32
