@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from sparsekv.errors import UserError
+from sparsekv.errors import UserError, require
 
 Geometry = Literal["two_region", "streaming", "global"]
 RatioDraw = Literal["uniform", "ceiling"]
@@ -20,7 +20,7 @@ class EvictionPlan:
     geometry : how a query's position decides what it sees (see `sparsekv.attention`).
     cuts : ascending positions at which the cache is evicted; empty unless the geometry is two_region.
     rules : the rule's name at each cut (one for the whole sequence in the other geometries).
-    keep_ratios : share of the context kept at each cut.
+    keep_ratios : share of the context kept at each cut, in (0, 1].
     seed : for the random rules.
     """
 
@@ -40,6 +40,8 @@ class EvictionPlan:
             )
         if list(self.cuts) != sorted(set(self.cuts)) or any(cut < 1 for cut in self.cuts):
             raise ValueError(f"cuts must be positive and ascend: {self.cuts}")
+        for ratio in self.keep_ratios:
+            require(0 < ratio <= 1, f"keep ratio {ratio}: must be in (0, 1]")
 
     @property
     def first_query(self) -> int:

@@ -135,6 +135,12 @@ def test_inconsistent_plans_are_refused(arguments):
         EvictionPlan(*arguments)
 
 
+@pytest.mark.parametrize("ratio", [0.0, -0.5, 30, float("nan")])
+def test_ratios_out_of_range_are_refused_as_keep_ratios(ratio):
+    with pytest.raises(UserError, match=rf"keep ratio {ratio}: must be in \(0, 1\]"):
+        EvictionPlan("two_region", (4, 8), ("anchor", "knorm"), (0.5, ratio))
+
+
 def test_unknown_geometry_names_the_known_ones():
     with pytest.raises(UserError, match="--geometry 'spiral' must be one of two_region, streaming, global"):
         EvictionPlan("spiral", (), ("anchor",), (0.5,))
