@@ -28,7 +28,7 @@ from sparsekv.inference.press_cache import PressCache
 from sparsekv.inference.reading import CHUNK, read
 from sparsekv.inference.static_cache import StaticAnchorCache
 from sparsekv.models import check_device, check_ids, load_model, load_tokenizer
-from sparsekv.presses import make_press, needs_eager, needs_question, why_not
+from sparsekv.presses import is_decoding, make_press, needs_eager, needs_question, why_not
 
 FAST_ON = "cuda"  # where steps over fixed shapes are faster, and worth the memory of what is to come
 
@@ -211,6 +211,9 @@ def _press(config: ChatConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
         return None
     assert config.ratio is not None
     try:
+        # First: what is missing of such a press would be asked for, and the press then refused.
+        decodes = is_decoding(config.keep)
+        require(not decodes, f"--keep {config.keep}: it evicts while the answer is written; take another press")
         press = make_press(config.keep, config.ratio, tokenizer)
     except UserError as error:
         message = str(error).replace("--presses", "--keep").replace("--ratios", "--ratio")
