@@ -151,6 +151,8 @@ def test_a_bad_experiment(file, where, value, said):
         ({"control": "qwen3-8b-base", "base": "llama31-8b-base"}, "is of 'meta-llama"),
         ({"model": "other"}, "is of 'Qwen/Qwen3-8B', not 'other'"),
         ({"train": "configs/llama31_8b.yaml"}, "configs/llama31_8b.yaml trains 'meta-llama/Llama-3.1-8B-Instruct'"),
+        ({"teacher": "configs/llama31_8b.yaml"}, "configs/llama31_8b.yaml trains 'meta-llama/Llama-3.1-8B-Instruct'"),
+        ({"teacher": "configs/none.yaml"}, "models: qwen3: teacher: "),
         ({"analyze": {"num_samples": 1}}, "--num_samples 1"),
     ],
 )
