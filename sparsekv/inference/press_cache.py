@@ -26,7 +26,7 @@ from sparsekv.attention import repeat_heads
 from sparsekv.errors import require
 from sparsekv.inference.entries import as_attention_mask, causal, right_justified, take
 from sparsekv.inference.shrunk_cache import ForwardPlan, ShrunkCache
-from sparsekv.presses import needs_eager, without_waiting
+from sparsekv.presses import needs_eager, why_not, without_waiting
 from sparsekv.presses.parameters import nested
 
 _WHILE_DECODING = (DecodingPress, PrefillDecodingPress, CompressionRatioDecodingPress)
@@ -55,8 +55,8 @@ class PressCache(ShrunkCache):
         Raises
         ------
         UserError
-            For a press that acts while decoding, moves keys to other positions or adds entries of its own, and for a
-            model with layers that cannot be served.
+            For a press that acts while decoding, moves keys to other positions, adds entries of its own or cannot run
+            on this model (`sparsekv.presses.why_not`), and for a model with layers that cannot be served.
         """
         _check(press, model)
         cache, decoder, before = cls(model), model.get_decoder(), DynamicCache()
@@ -122,6 +122,8 @@ def _check(press: BasePress, model: PreTrainedModel) -> None:
     require(not moves, f"{name}: moves keys to other positions; give a press that leaves them")
     eager = model.config._attn_implementation == "eager"
     require(eager or not needs_eager(press), f"{name}: reads attention weights; load with attn_implementation eager")
+    reason = why_not(press, model)
+    require(reason is None, str(reason))
 
 
 def _unmarked(attention: Any, keys: Tensor) -> Tensor:

@@ -17,19 +17,20 @@ from sparsekv.presses.registry import make_press
 from sparsekv.presses.without_waiting import asks_layers
 
 
-def why_not(spec: str, model: PreTrainedModel) -> str | None:
+def why_not(press: str | BasePress, model: PreTrainedModel) -> str | None:
     """One line that says why this press cannot run on this model and machine; None where nothing is known against it.
 
-    Files that a press takes from a hub count as missing when they are not cached and ``HF_HUB_OFFLINE`` is set.
+    A press is given as `--presses` takes it, or as it is, and then called by its type. Files that it takes from a hub
+    count as missing when they are not cached and ``HF_HUB_OFFLINE`` is set.
 
     Raises
     ------
     UserError
         If there is no such press or parameter.
     """
-    press = make_press(spec, 0.0)
-    reasons = () if press is None else _reasons(press, model)
-    return next((f"{spec}: {reason}" for reason in reasons if reason), None)
+    name, made = (press, make_press(press, 0.0)) if isinstance(press, str) else (type(press).__name__, press)
+    reasons = () if made is None else _reasons(made, model)
+    return next((f"{name}: {reason}" for reason in reasons if reason), None)
 
 
 def _reasons(press: BasePress, model: PreTrainedModel) -> Iterator[str | None]:

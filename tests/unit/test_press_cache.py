@@ -6,8 +6,15 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, VOCAB_SIZE, make_sharp, make_tiny_tokenizer
-from transformers import AttentionInterface, BloomConfig, BloomForCausalLM, DynamicCache
+from tiny import FAMILIES, SHAPE, VOCAB_SIZE, make_sharp, make_tiny_tokenizer
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    CohereConfig,
+    DynamicCache,
+)
 
 from sparsekv.attention import dense_attention, two_region_mask
 from sparsekv.errors import UserError
@@ -182,11 +189,20 @@ def test_questions_of_different_lengths():
         ("decoding_knorm", "acts while decoding"),
         ("key_rerotation_streaming_llm", "moves keys to other positions"),
         ("observed_attention", "load with attn_implementation eager"),
+        ("duo_attention", "^DuoAttentionPress: no attention pattern is published for this model"),
     ],
 )
 def test_presses_that_cannot_be_served(spec, message):
     with pytest.raises(UserError, match=message):
         prefilled("llama", spec, 0.5, text(1, 30))
+
+
+def test_presses_that_would_make_other_queries_than_the_layers_are_not_served():
+    torch.manual_seed(0)
+    cohere = AutoModelForCausalLM.from_config(CohereConfig(**SHAPE)).eval()
+    with pytest.raises(UserError, match=r"^PyramidKVPress: it makes queries .* CohereForCausalLM does otherwise"):
+        PressCache.prefill(cohere, text(1, 60), make_press("pyramidkv:window_size=4", 0.5))
+    assert PressCache.prefill(cohere, text(1, 60), make_press("snapkv:window_size=4", 0.5)).kept < 60 * 4
 
 
 def test_what_cannot_be_served():
