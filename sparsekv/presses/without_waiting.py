@@ -111,7 +111,7 @@ class TOVA(TOVAPress):
         return _pinned(attended.mean(1).repeat(1, keys.shape[1], 1), last=1)
 
 
-def _rotations(module: Any, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _turns_at(module: Any, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of positions, in the dtype of a tensor, by a layer's rotary embedding, which stays as it is.
 
     One of dynamic frequencies keeps those of the farthest position it was ever asked for.
@@ -153,7 +153,7 @@ class ExpectedAttention(ExpectedAttentionPress):
         known = (module.rotary_emb, q_len, mu.dtype, mu.device)
         if known not in self._rotations:
             positions = torch.arange(q_len, q_len + self.n_future_positions, device=mu.device)[None]
-            cos, sin = (x[0].mean(0) for x in _rotations(module, mu, positions))
+            cos, sin = (x[0].mean(0) for x in _turns_at(module, mu, positions))
             half = len(cos) // 2
             turn = torch.eye(len(cos), device=cos.device, dtype=cos.dtype).roll(half, dims=0)
             turn[:half] *= -1  # as in rotate_half
@@ -169,7 +169,7 @@ class ExpectedAttention(ExpectedAttentionPress):
             query, scaling = own_queries(module, tokens, None)
         else:
             positions = torch.arange(length, length + self.n_future_positions, device=hidden_states.device)[None]
-            cos, sin = (x.to(hidden_states.device) for x in _rotations(module, hidden_states, positions))
+            cos, sin = (x.to(hidden_states.device) for x in _turns_at(module, hidden_states, positions))
             shape = (-1, tokens.shape[1], -1)
             turns = [(cos.expand(shape), sin.expand(shape)) for cos, sin in _mean_of_two(cos, sin)]
             (query, scaling), (other, _) = (own_queries(module, tokens, turn) for turn in turns)
