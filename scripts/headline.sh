@@ -15,16 +15,21 @@ share=4 # processes of one evaluation
 
 one() { # RUN
     local run=$1 log=out/headline/$1.log
-    { train "$run" && evaluations "$run" | xargs -P "$PROCESSES" -L 1 sparsekv eval; } >> "$log" 2>&1 && return
+    { train "$run" && evaluations "$run" | xargs -r -P "$PROCESSES" -L 1 sparsekv eval; } >> "$log" 2>&1 && return
     echo "scripts/headline.sh: failed: $log" >&2
     return 1
 }
 
 train() { # RUN
-    local run=$1
-    [[ $run == base ]] && return
-    sparsekv train --config configs/smollm2_135m.yaml --eval_steps 0 --compile true --resume true --seed "${run#*-}" \
-        --control "$([[ $run == control-* ]] && echo true || echo false)" --output_dir "out/$run" || return
+    local run=$1 seed=${1#*-} part
+    case $run in
+        base) return ;;
+        teacher-*) part="--config configs/smollm2_135m_teacher.yaml" ;;
+        control-*) part="--config configs/smollm2_135m.yaml --teacher_adapter out/teacher-$seed/final --control true" ;;
+        *) part="--config configs/smollm2_135m.yaml --teacher_adapter out/teacher-$seed/final" ;;
+    esac
+    # shellcheck disable=SC2086  # words
+    sparsekv train $part --eval_steps 0 --compile true --resume true --seed "$seed" --output_dir "out/$run" || return
     if [[ $run == trained-0 && ! out/shipped/eit_config.json -nt out/$run/final/adapter_model.safetensors ]]; then
         rm -rf out/shipped
         python scripts/ship_adapter.py "out/$run/final" out/shipped
@@ -33,6 +38,7 @@ train() { # RUN
 
 evaluations() { # RUN: what `sparsekv eval` is asked, a line for each process
     local run=$1 two=niah_single_1,niah_single_2
+    [[ $run == teacher-* ]] && return
     evaluate "$run" eval --context_length 1024 --benchmark perplexity --data_dir out/held.jsonl --num_samples 100
     needles "$run" eval 1024 200 16 $two,niah_multikey_1
     if [[ $run == base || $run == *-0 ]]; then
@@ -73,10 +79,11 @@ export -f train evaluations needles evaluate
 make_texts
 [[ -e out/self_chat.jsonl ]] ||
     (use_gpu 0 && python scripts/self_chat.py --output out/self_chat.jsonl --conversations 2560 --batch_size 1280)
+printf '%s\n' teacher-{0,1,2} | each_on_a_gpu "${RUNS:-1}"
 printf '%s\n' {trained,control}-{0,1,2} base | each_on_a_gpu "${RUNS:-1}"
 sparsekv compare out/eval/base "$(list eval control)" "$(list eval trained)" --output results/headline
 sparsekv compare out/lengths/{base,control-0,trained-0} --output results/beyond/lengths
 sparsekv compare out/tasks/{base,control-0,trained-0} --output results/beyond/tasks
-for run in {trained,control}-{0,1,2}; do
+for run in {trained,control,teacher}-{0,1,2}; do
     keep_record "out/$run" "results/headline/training/$run"
 done

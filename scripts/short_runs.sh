@@ -54,7 +54,7 @@ train() { # NAME [option ...]
     local name=$1
     shift
     [[ $name == base ]] && return
-    sparsekv train --config configs/smollm2_135m.yaml --data '{out/debian_text.jsonl: 0.5, recall: 0.5}' --eval_steps 0 --compile true \
+    sparsekv train --config configs/short_runs.yaml --data '{out/debian_text.jsonl: 0.5, recall: 0.5}' --eval_steps 0 --compile true \
         --save_steps 50 --max_steps "$steps" --num_train_samples $((16 * steps)) --resume true --output_dir "out/$kind/$name" "$@"
 }
 

@@ -16,11 +16,14 @@ from sparsekv.files import FINAL
 from sparsekv.fingerprint import fingerprint_of
 from sparsekv.training.config import TrainConfig
 
-COMMANDS = {"analyze": "analyze", "baseline": "eval", "control": "train", "train": "train", "trained": "eval"}
-NUMBERS = {"analyze": 0, "baseline": 1, "control": 2, "train": 2, "trained": 3}
+COMMANDS = {"analyze": "analyze", "baseline": "eval", "trained": "eval"} | dict.fromkeys(
+    ("teacher", "control", "train"), "train"
+)
+NUMBERS = {"analyze": 0, "baseline": 1, "teacher": 2, "control": 2, "train": 2, "trained": 3}
 SCRIPTS = {
     "analyze": "scripts/slurm_phase0_analyze.sh",
     "baseline": "scripts/slurm_phase1_baseline.sh",
+    "teacher": "scripts/slurm_phase2_train.sh",  # which takes any configuration
     "trained": "scripts/slurm_phase3_eval_trained.sh",
 }
 
@@ -89,17 +92,24 @@ def make_phases(pipeline: Pipeline, key: str) -> dict[str, Phase]:
         EvalConfig, ["--config", model.matrix, "--out", str(Path(model.results) / "matrix")], model.matrix
     )
     _check_runs(key, model, matrix)
-    names = ["analyze", "baseline", *(["control"] if model.control else []), "train", "trained"]
     phases: dict[str, Phase] = {}
-    for name in names:
-        arguments = _arguments(name, model, matrix)
-        schema = {"analyze": AnalysisConfig, "eval": EvalConfig, "train": TrainConfig}[COMMANDS[name]]
-        config: Any = _options(schema, arguments, f"models: {key}: {name}")
-        before = [other for other in names if NUMBERS[other] == NUMBERS[name] - 1]
-        script = SCRIPTS.get(name, model.train_script)
-        phases[name] = Phase(key, name, script, tuple(arguments), config, pipeline.needs(key, name), tuple(before))
-    _check_training(key, model, phases)
+    before: tuple[str, ...] = ()
+    for stage in _stages(model):
+        for name in stage:
+            arguments = _arguments(name, model, matrix)
+            schema = {"analyze": AnalysisConfig, "eval": EvalConfig, "train": TrainConfig}[COMMANDS[name]]
+            config: Any = _options(schema, arguments, f"models: {key}: {name}")
+            script = SCRIPTS.get(name, model.train_script)
+            phases[name] = Phase(key, name, script, tuple(arguments), config, pipeline.needs(key, name), before)
+        before = stage
+    _check_trainings(key, model, phases)
     return phases
+
+
+def _stages(model: Model) -> list[tuple[str, ...]]:
+    """The phases that a model has; each waits for those of the stage before."""
+    first = [("teacher",)] if model.teacher else []
+    return [("analyze",), ("baseline",), *first, ("control", "train") if model.control else ("train",), ("trained",)]
 
 
 def _arguments(name: str, model: Model, matrix: EvalConfig) -> list[str]:
@@ -108,10 +118,14 @@ def _arguments(name: str, model: Model, matrix: EvalConfig) -> list[str]:
         runs = [model.base] if name == "baseline" else [run for run in (model.control, model.trained) if run]
         return ["--config", model.matrix, "--only", ",".join(runs), "--out", matrix.out]
     if COMMANDS[name] == "train":
-        run = model.control if name == "control" else model.trained
-        adapter = Path(str(matrix.runs[str(run)].adapter))
+        trained = Path(str(matrix.runs[model.trained].adapter)).parent
+        teacher = trained.with_name(f"{trained.name}-teacher")
+        if name == "teacher":
+            return ["--config", str(model.teacher), "--output_dir", str(teacher)]
+        out = Path(str(matrix.runs[str(model.control)].adapter)).parent if name == "control" else trained
+        held_to = ["--teacher_adapter", str(teacher / FINAL)] if model.teacher else []
         switch = ["--control", "true"] if name == "control" else []
-        return ["--config", model.train, "--output_dir", str(adapter.parent), *switch]
+        return ["--config", model.train, "--output_dir", str(out), *held_to, *switch]
     options = {"model": model.model, "output_dir": str(Path(model.results) / "analysis")} | model.analyze
     return [word for option, value in options.items() for word in (f"--{option}", _as_text(value))]
 
@@ -145,7 +159,8 @@ def _check_runs(key: str, model: Model, matrix: EvalConfig) -> None:
             require(left, f"{where} must be the `{FINAL}` folder of a training")
 
 
-def _check_training(key: str, model: Model, phases: dict[str, Phase]) -> None:
-    trained = phases["train"].config
-    same = isinstance(trained, TrainConfig) and trained.model == model.model
-    require(same, f"models: {key}: {model.train} trains {trained.model!r}, not {model.model!r}")
+def _check_trainings(key: str, model: Model, phases: dict[str, Phase]) -> None:
+    for phase in phases.values():
+        if isinstance(phase.config, TrainConfig):
+            trained, file = phase.config.model, phase.arguments[1]
+            require(trained == model.model, f"models: {key}: {file} trains {trained!r}, not {model.model!r}")

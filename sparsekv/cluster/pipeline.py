@@ -9,7 +9,7 @@ from typing import Any
 from sparsekv.cluster.schema import make, read_yaml
 from sparsekv.errors import require
 
-PHASES = ("analyze", "baseline", "control", "train", "trained")
+PHASES = ("analyze", "baseline", "teacher", "control", "train", "trained")
 MEMORY = re.compile(r"[1-9]\d*[KMGT]?")
 TIME = re.compile(r"(?:(\d+)-)?(\d{1,3}):(\d{2}):(\d{2})")
 
@@ -124,6 +124,8 @@ class Model:
         Options of `sparsekv eval`, a YAML file with runs.
     base, control, trained
         Names of the runs in it; control may be null.
+    teacher
+        Options of `sparsekv train` for the model that control and trained are held to, a YAML file; default: to base.
     results
         Folder of the results; default: results/KEY.
     analyze
@@ -140,6 +142,7 @@ class Model:
     base: str
     trained: str
     control: str | None = None
+    teacher: str | None = None
     results: str = ""
     analyze: dict[str, Any] = field(default_factory=dict)
     resources: dict[str, Any] = field(default_factory=dict)
@@ -163,7 +166,7 @@ class Pipeline:
     batch
         Jobs of a matrix at a time.
     resources
-        By phase: analyze, baseline, control, train, trained.
+        By phase: analyze, baseline, teacher, control, train, trained.
     analyze
         Options of `sparsekv analyze`.
     throughput
@@ -203,10 +206,10 @@ class Pipeline:
         return model
 
     def needs(self, key: str, phase: str) -> Resources:
-        """Resources of a phase of a model; a control is trained as the model is, unless it says otherwise."""
+        """Resources of a phase of a model; teacher and control are trained as `train` is, unless it says otherwise."""
         values: dict[str, Any] = {}
         for given in (self.resources, self.model(key).resources):
-            for name in ("train", "control") if phase == "control" else (phase,):
+            for name in ("train", phase) if phase in ("teacher", "control") else (phase,):
                 part = given.get(name, {})
                 require(isinstance(part, dict), f"resources: {name}: must be a mapping")
                 values |= part

@@ -47,7 +47,7 @@ def submit(config: SubmitConfig) -> int:
         check_scripts(steps)
     _show(steps, site, pipeline, config)
     due = [step for step in steps if step.due]
-    missing = _missing_texts(due)
+    missing = _missing_inputs(steps)
     if not due or config.dry_run:
         for line in missing:
             print(f"not yet to be submitted: {line}")
@@ -82,14 +82,20 @@ def _check_adapters(phases: dict[str, Phase], config: SubmitConfig) -> None:
         require(there, f"submit {config.target}: no adapter in {phase.out / FINAL} yet; make it: {shlex.join(words)}")
 
 
-def _missing_texts(due: Sequence[Step]) -> list[str]:
-    """A line for each file of text that a training lacks: else it is missed when the phases before are done."""
+def _missing_inputs(steps: Sequence[Step]) -> list[str]:
+    """A line for each text or adapter that a training lacks: else it is missed when the phases before are done."""
     lines = []
-    for step in due:
-        data = step.phase.config.data if isinstance(step.phase.config, TrainConfig) else ()
-        for name in [data] if isinstance(data, str) else data:
+    made = {str(step.phase.out / FINAL) for step in steps}
+    for step in (step for step in steps if step.due):
+        config = step.phase.config
+        if not isinstance(config, TrainConfig):
+            continue
+        for name in [config.data] if isinstance(config.data, str) else config.data:
             if name.endswith(TEXT_SUFFIXES) and not Path(name).expanduser().exists():
                 lines.append(f"{step.phase.label}: --data {name}: no such file; make it first")
+        adapter = config.teacher_adapter
+        if adapter is not None and adapter not in made and not Path(adapter).expanduser().exists():
+            lines.append(f"{step.phase.label}: --teacher_adapter {adapter}: no such folder; make it first")
     return lines
 
 

@@ -92,9 +92,10 @@ def test_the_shipped_experiment(key, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     pipeline = load_pipeline(Path("configs/pipeline.yaml"))
     phases = make_phases(pipeline, key)
-    assert list(phases) == ["analyze", "baseline", "control", "train", "trained"]
+    teachers = ["teacher"] if key == "smollm2" else []
+    assert list(phases) == ["analyze", "baseline", *teachers, "control", "train", "trained"]
     assert [phases[name].config.control for name in ("control", "train")] == [True, False]
-    assert len({phase.fingerprint for phase in phases.values()}) == 5
+    assert len({phase.fingerprint for phase in phases.values()}) == len(phases)
     folders = {phases["control"].out, phases["train"].out}
     adapters = {Path(run.adapter).parent for run in phases["trained"].config.folders().values() if run.adapter}
     assert folders == adapters
@@ -151,6 +152,8 @@ def test_a_bad_experiment(file, where, value, said):
         ({"control": "qwen3-8b-base", "base": "llama31-8b-base"}, "is of 'meta-llama"),
         ({"model": "other"}, "is of 'Qwen/Qwen3-8B', not 'other'"),
         ({"train": "configs/llama31_8b.yaml"}, "configs/llama31_8b.yaml trains 'meta-llama/Llama-3.1-8B-Instruct'"),
+        ({"teacher": "configs/llama31_8b.yaml"}, "configs/llama31_8b.yaml trains 'meta-llama/Llama-3.1-8B-Instruct'"),
+        ({"teacher": "configs/none.yaml"}, "models: qwen3: teacher: "),
         ({"analyze": {"num_samples": 1}}, "--num_samples 1"),
     ],
 )

@@ -118,6 +118,41 @@ def test_text_that_is_not_there_is_missed_at_once(site, capsys):
     assert submit("pipeline", "--model", "tiny", "--yes") == 0
 
 
+def test_a_teacher_is_trained_before_what_is_held_to_it(site, capsys):
+    pipeline = yaml.safe_load(Path("configs/pipeline.yaml").read_text())
+    pipeline["models"]["tiny"]["teacher"] = "configs/teacher.yaml"
+    Path("configs/pipeline.yaml").write_text(yaml.safe_dump(pipeline))
+    Path("configs/teacher.yaml").write_text(Path("configs/train.yaml").read_text())
+    assert submit("pipeline", "--model", "tiny", "--yes") == 0
+    calls = site.calls("sbatch")
+    names = [word(call, "--job-name=").rpartition("-")[2] for call in calls]
+    assert names == ["analyze", "baseline", "teacher", "control", "train", "trained"]
+    waits = ["", "afterok:101", "afterok:102", "afterok:103", "afterok:103", "afterok:104:105"]
+    assert [after(call) for call in calls] == waits
+    script = "scripts/slurm_phase2_train.sh"
+    assert calls[2][calls[2].index(script) :] == [
+        *(script, "--config", "configs/teacher.yaml", "--output_dir", "out/trained-teacher")
+    ]
+    assert calls[4][calls[4].index(script) :] == [
+        *(script, "--config", "configs/train.yaml", "--output_dir", "out/trained"),
+        *("--teacher_adapter", "out/trained-teacher/final"),
+    ]
+    finish_training("teacher")
+    capsys.readouterr()
+    assert submit("pipeline", "--model", "tiny", "--dry_run") == 0
+    assert "phase 2 teacher: done (out/trained-teacher/final)" in capsys.readouterr().out
+
+
+def test_a_teacher_that_no_phase_trains_is_missed_at_once(site, capsys):
+    config = yaml.safe_load(Path("configs/train.yaml").read_text()) | {"teacher_adapter": "out/teacher/final"}
+    Path("configs/train.yaml").write_text(yaml.safe_dump(config))
+    line = failure(capsys, "submit", "pipeline", "--model", "tiny", "--yes")
+    assert "phase 2 train: --teacher_adapter out/teacher/final: no such folder; make it first" in line
+    assert not site.calls("sbatch")
+    Path("out/teacher/final").mkdir(parents=True)
+    assert submit("pipeline", "--model", "tiny", "--yes") == 0
+
+
 def test_submit_names_the_experiment_file_for_what_it_holds(site, capsys):
     pipeline = yaml.safe_load(Path("configs/pipeline.yaml").read_text())
     pipeline["models"]["tiny"]["analyze"] = {"maxlen": 4096}

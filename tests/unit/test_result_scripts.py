@@ -69,11 +69,13 @@ def test_headline_trains_on_every_gpu_and_evaluates_and_compares_all(project):
     ended, calls = run(project, "headline.sh", GPUS="5,7", RUNS="2", PROCESSES="3")
     assert ended.returncode == 0, ended.stderr
     trained = [call for call in calls if " train " in call]
+    assert {value(call, "--output_dir") for call in trained[:3]} == {f"out/teacher-{seed}" for seed in range(3)}
     assert sorted(
-        (value(call, "--output_dir"), value(call, "--seed"), value(call, "--control")) for call in trained
+        tuple(value(call, option) or "" for option in ("--output_dir", "--seed", "--teacher_adapter", "--control"))
+        for call in trained
     ) == [
-        (f"out/{kind}-{seed}", str(seed), control)
-        for kind, control in (("control", "true"), ("trained", "false"))
+        (f"out/{kind}-{seed}", str(seed), "" if kind == "teacher" else f"out/teacher-{seed}/final", control)
+        for kind, control in (("control", "true"), ("teacher", ""), ("trained", ""))
         for seed in range(3)
     ]
     evaluated = [call for call in calls if " eval " in call]
@@ -115,7 +117,7 @@ def test_headline_compares_nothing_when_a_run_fails_and_goes_on_later(project):
     assert ended.returncode != 0
     assert ended.stderr.strip() == "scripts/headline.sh: failed: out/headline/trained-1.log"
     assert "no memory" in (project / "out/headline/trained-1.log").read_text()
-    assert sum(" train " in call for call in calls) == 6
+    assert sum(" train " in call for call in calls) == 9
     assert len({value(call, "--out") for call in calls if " eval " in call}) == 12  # of all runs but that one
     assert not any("compare" in call for call in calls)
     ended, calls = run(project, "headline.sh", GPUS="0")
