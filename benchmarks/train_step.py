@@ -68,6 +68,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "keep 0.3": {"ratio_draw": "ceiling"},
     "mixture": {},
     "selection loss": {"lambda_selection": 1.0},
+    "whole loss": {"lambda_selection": 1.0, "lambda_context": 1.0, "lambda_ce_context": 1.0},
 }
 
 
