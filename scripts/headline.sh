@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The headline of docs/results.md, and what lies beyond it: trainings and controls of configs/smollm2_135m.yaml with three
-# seeds, each evaluated as soon as it is trained, then compared.
+# seeds, held to teachers that are trained first, each evaluated as soon as it is trained, then compared.
 #
 #   scripts/headline.sh        # GPUS=0,1,2,3: on these; all that there are
 #                              # RUNS=1: at a time on each; PROCESSES=4: that evaluate a run. Under MPS 4 and 8

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Short runs of the recipe for smollm2-135m, each with what differs in a line of configs/KIND.txt: train, evaluate, compare.
+# Short runs of configs/short_runs.yaml, each with what differs in a line of configs/KIND.txt: train, evaluate, compare.
 #
 #   scripts/short_runs.sh ablations|pilots [NAME ...]        # GPUS=0,1: on these; all that there are
 #                                                            # RUNS=4: at a time on each; PROCESSES=1: that evaluate a run

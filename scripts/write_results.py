@@ -244,7 +244,7 @@ def training(folder: Path, results: Path) -> list[str]:
     perplexities = []
     for name in ("eval_full_ppl", "eval_evicted_ppl"):
         values = [step[name] for step in metrics if name in step]
-        perplexities.append(f"{values[0]:.2f} → {values[-1]:.2f}" if values else tables.NONE)
+        perplexities.append(f"{values[0]:.2f} → {values[-1]:.2f}" if len(values) > 1 else tables.NONE)
     name = "/".join([*folder.parent.parent.relative_to(results).parts, folder.name])
     what = "control" if config["control"] else "trained"
     about = [name, what, str(config["seed"]), describe_data(data), size, ", ".join(options)]

@@ -160,6 +160,15 @@ def test_trainings(tmp_path: Path, document: Path) -> None:
     assert found["ablations/x/c"][2:5] == ["pydoc", "10 × 32 × 1024", "lambda_kl 1, lr 0.0003, lora_r 64, num_cuts 2"]
 
 
+def test_a_training_that_was_stopped_has_no_perplexity_after_it(tmp_path: Path, document: Path) -> None:
+    folder = tmp_path / "results" / "headline" / "training" / "trained-1"
+    write_training(folder)
+    before_last = (folder / "metrics.jsonl").read_text().splitlines()[:-1]
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in before_last))
+    main(tmp_path / "results", document)
+    assert rows(block(document, "trainings"))["headline/trained-1"][-3:] == ["–", "–", "def5678"]
+
+
 def test_a_training_that_cannot_be_read_is_one_line(tmp_path: Path, document: Path) -> None:
     folder = tmp_path / "results" / "headline" / "training" / "trained-1"
     write_training(folder)
