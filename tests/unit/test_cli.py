@@ -87,7 +87,7 @@ def test_shipped_configurations(config, train_values, tmp_path):
 
 @pytest.mark.parametrize("name", ["qwen3_8b", "llama31_8b"])
 def test_the_real_runs(name, train_values):
-    """10,000 rows of 4,096 tokens, one epoch, batch 1 x 8, r = 64, λ = 1, 0.9 → 0.3, a checkpoint every 500 steps."""
+    """10,000 rows of 4,096 tokens, one epoch, batch 1 x 8, r = 64, λ = 30, 0.9 → 0.3, a checkpoint every 500 steps."""
     found = train_values("--config", str(ROOT / "configs" / f"{name}.yaml"), "--output_dir", "out")
     expected = {
         "num_train_samples": 10_000,
@@ -99,7 +99,7 @@ def test_the_real_runs(name, train_values):
         "grad_accum": 8,
         "lora_r": 64,
         "lora_alpha": 128,
-        "lambda_kl": 1,
+        "lambda_kl": 30,
         "scheduler_mode": "curriculum",
         "initial_keep_ratio": 0.9,
         "min_keep_ratio": 0.3,
