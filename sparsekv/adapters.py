@@ -141,6 +141,7 @@ def merge_adapter(model_name: str, adapter: str | Path, output_dir: str | Path) 
 
 def adapter_settings(adapter: str | Path, flag: str = "--adapter") -> dict[str, Any]:
     """What adapter_config.json says; raise UserError unless it is of an adapter that merges, with weights beside it."""
+    require(Path(adapter).is_dir(), f"{flag} {adapter}: no such folder; give that of a trained adapter")
     hint = f"; give its {FINAL}/" if (Path(adapter) / FINAL / ADAPTER_CONFIG).is_file() else ""
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         require((Path(adapter) / file).is_file(), f"{flag} {adapter}: this folder holds no adapter (no {file}){hint}")

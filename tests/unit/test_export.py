@@ -243,7 +243,7 @@ def test_a_bundle_has_what_is_needed_and_nothing_else(tmp_path, monkeypatch):
         (["--format", "gguf"], "--format gguf: must be hf"),
         (["--budget", "9"], "--budget 9: must be 68 tokens or more, sink_size 4 + recent_size 64"),
         (["--merge", "false"], "--merge false: there is no --adapter to leave apart"),
-        (["--adapter", "nowhere"], "--adapter nowhere: this folder holds no adapter"),
+        (["--adapter", "nowhere"], "--adapter nowhere: no such folder; give that of a trained adapter"),
         (["--mode", "ring"], "--mode ring: must be prefill or streaming"),
     ],
 )
